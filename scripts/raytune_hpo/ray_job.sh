@@ -1,0 +1,113 @@
+# shellcheck shell=bash
+# What the head job and the worker job share: banner, environment, waiting, and ending exactly what they started.
+# Sourced by head_node_raytune_asha_hpo.slurm and worker_node_raytune_asha_hpo.slurm after they set:
+#   JOB       name of this job or run, unique on the cluster (Slurm job id, or local-...)
+#   ROLE      head or worker
+#   RUN_DIR   folder of the run, seen by all its nodes
+#   REPO      top of the repository
+
+banner() {                                             # banner START|FINISH
+    printf '===== JOB %s %-6s : %s =====\n' "$JOB" "$1" "$(date '+%Y-%m-%d %H:%M:%S %Z')"
+}
+
+say() {                                                # one line of the log, with time, role and host
+    printf '%s %s %s | %s\n' "$(date +%T)" "$ROLE" "${SLURMD_NODENAME:-$(hostname -s)}" "$*"
+}
+
+fail() {                                               # the cause and the fix, then the end
+    printf 'ERROR: %s\n' "$*" >&2
+    exit 1
+}
+
+choose_python() {                                      # the repository's own environment, else the one that is active
+    if [[ -x $REPO/.venv/bin/python ]]; then
+        export PATH="$REPO/.venv/bin:$PATH"
+    fi
+    command -v python >/dev/null || fail "no python found; run: bash $REPO/scripts/setup_env.sh"
+}
+
+node_address() {                                       # the address other nodes reach this one at
+    if [[ -n ${NODE_ADDRESS:-} ]]; then
+        printf '%s\n' "$NODE_ADDRESS"
+    elif [[ -z ${SLURM_JOB_ID:-} ]]; then
+        printf '127.0.0.1\n'
+    else                                               # Slurm itself reaches this node at its NodeAddr
+        local name
+        name=$(scontrol show node "${SLURMD_NODENAME:-$(hostname -s)}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+        getent ahostsv4 "${name:-$(hostname)}" | awk 'NR == 1 { print $1 }'
+    fi
+}
+
+count_gpus() {                                         # GPUs that PyTorch can use here, not those that Slurm promises
+    local gpus
+    gpus=$(python -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || gpus=0
+    if ((gpus == 0)) && [[ -e /dev/nvidiactl ]] && [[ ${GPUS_PER_WORKER:-1} != 0 ]]; then
+        fail "this node has an NVIDIA driver but PyTorch sees no GPU; check with: python -c 'import torch; torch.zeros(1).cuda()'"
+    fi
+    printf '%s\n' "$gpus"
+}
+
+prepare_ray() {                                        # environment, folder and log of this job's Ray processes
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$RUN_DIR/token"   # who cannot read the file cannot connect
+    export RAY_gcs_rpc_server_reconnect_timeout_s=10                  # workers leave soon after a head that died
+    export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0                    # and at once when they are told to
+    export RAY_SCHEDULER_EVENTS=0 RAY_USAGE_STATS_ENABLED=0           # nothing in the log that is not for students
+    export RAY_prestart_worker_first_driver=0                         # start processes when a trial needs them
+    export RAY_worker_maximum_startup_concurrency=64                  # and all that it needs together
+    # Unix sockets allow 107 characters, of which Ray needs about 60: a short folder, on a local disk, ours alone.
+    RAY_TMP=$(mktemp -d "/tmp/ray_$JOB.XXXX")
+    RAY_LOG=$RUN_DIR/ray_$ROLE-$JOB.log
+    : >"$RAY_LOG"
+}
+
+# start_ray OPTIONS...: in the background, in the foreground of a process that can be watched: $RAY
+start_ray() {
+    (owned ray start --block --node-ip-address="$(node_address)" --temp-dir="$RAY_TMP" --disable-usage-stats \
+        --object-store-memory=500000000 --include-log-monitor=false "$@" >"$RAY_LOG" 2>&1) &
+    RAY=$!
+}
+
+ray_started() {                                        # a check for wait_until
+    kill -0 "$RAY" 2>/dev/null || fail "Ray ended at its start: $(tail -n 3 "$RAY_LOG")"
+    grep -q 'Ray runtime started' "$RAY_LOG"
+}
+
+owned() {                                              # run a command whose process tree end_owned can find
+    exec env HPO_OWNER="$JOB.$ROLE" "$@"
+}
+
+owned_pids() {
+    grep -lzxF "HPO_OWNER=$JOB.$ROLE" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3 || true
+}
+
+# Ray starts a dozen processes, some of which survive their parent. All inherit the mark that owned() set, and no other
+# process has it: 'ray stop' would end every Ray process of the user on this node, other runs' too.
+end_owned() {
+    local pids signal deadline=$((SECONDS + 2))
+    disown -a                                          # else bash reports each of them as "Killed" in the log
+    for signal in TERM KILL; do
+        while pids=$(owned_pids) && [[ -n $pids ]] && ((SECONDS < deadline)); do
+            # shellcheck disable=SC2086  # one word a process
+            kill -s "$signal" $pids 2>/dev/null || true
+            sleep 0.1
+        done
+        deadline=$((SECONDS + 5))
+    done
+    rm -rf "${RAY_TMP:-}"
+}
+
+# wait_until SECONDS "what for" CHECK...: until CHECK succeeds. Fails at the deadline. CHECK itself calls fail when what
+# it waits for can no longer come. A line every minute says what is waited for.
+wait_until() {
+    local limit=$1 what=$2 start=$SECONDS said=0
+    shift 2
+    until "$@"; do
+        local waited=$((SECONDS - start))
+        ((waited < limit)) || fail "waited $limit s for $what; giving up"
+        if ((waited / 60 > said)); then
+            said=$((waited / 60))
+            say "waiting for $what: $waited s of $limit s"
+        fi
+        sleep 0.2
+    done
+}

@@ -1,0 +1,611 @@
+#!/usr/bin/env python3
+"""Hyperparameter search with Ray Tune's ASHA: BLOOM-560M fine-tuned on SQuAD, several trials at a time.
+
+This file is complete in itself. Read it from top to bottom: search space, data, training, trial, main.
+
+    cd experiments/raytune/scheduler/asha
+
+    bash head_node_raytune_asha_hpo.slurm                        # laptop: this machine is the whole cluster
+    eval "$(bash ../../../../tests/mini_slurm.sh up)"            # sandbox: a real Slurm on one machine, then as below
+    sbatch head_node_raytune_asha_hpo.slurm                      # cluster
+    LR_LOWER=1e-6 LR_UPPER=1e-4 BS_CHOICES="2 4" sbatch head_node_raytune_asha_hpo.slurm    # another search space
+
+The head script calls this file three times: with --get (print resolved settings), with --check (is every input
+right? nothing is started), and with --run-dir DIR (the search itself, on the Ray cluster at RAY_ADDRESS).
+"""
+
+import argparse
+import difflib
+import json
+import math
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+# Heavy packages (torch, transformers, ray) are imported inside the functions that use them. A mistyped variable is
+# then reported within a second, each process of a trial loads only what it needs, and training also works without Ray.
+
+DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_config.json"
+MAX_LENGTH = 512  # tokens of prompt + answer + end-of-sequence; longer contexts are cut (see encode)
+EVAL_BATCH_SIZE = 8  # samples per device; it does not change eval_loss (see AnswerLossTrainer)
+
+
+# ======================================================================================================================
+# SEARCH SPACE AND SCHEDULER: edit here
+# ======================================================================================================================
+def search_space(s):
+    """What each trial draws. Any further key that is a field of transformers.TrainingArguments takes effect as it is,
+    for example:  "warmup_ratio": tune.uniform(0.0, 0.2),
+    """
+    from ray import tune
+
+    return {
+        "train_loop_config": {
+            "lr": tune.loguniform(s.LR_LOWER, s.LR_UPPER),  # 5e-6 .. 2e-4: too slow .. the edge of diverging
+            "per_device_bs": tune.choice(s.BS_CHOICES),  # 1, 2: samples per worker and step, so x WORKERS_PER_TRIAL
+            "wd": tune.choice(s.WD_CHOICES),  # 0.0, 0.01: off, or AdamW's usual value
+        }
+    }
+
+
+def scheduler(s):
+    """ASHA: at epochs 1, 2, 4 (the rungs) a trial goes on only if it is among the better half seen at that rung."""
+    from ray.tune.schedulers import ASHAScheduler
+
+    return ASHAScheduler(
+        metric="eval_loss",
+        mode="min",
+        grace_period=1,  # epochs every trial may train
+        max_t=s.NUM_EPOCHS,  # epochs no trial trains beyond
+        reduction_factor=2,  # keep the best 1/2 at each rung
+    )
+
+
+# ======================================================================================================================
+# Settings: environment variables, parsed and checked here and nowhere else
+# ======================================================================================================================
+class InputError(Exception):
+    """Bad input from the user; the message names what, its value, and the fix. One line for each problem."""
+
+
+def number(low, high=math.inf, kind=float, low_ok=True):
+    """A parser for one number in [low, high] (in (low, high] without low_ok)."""
+
+    def parse(text):
+        word = {int: "a whole number", float: "a number"}[kind]
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ValueError(f"is not {word}") from None
+        if not math.isfinite(value) or value < low or value > high or (value == low and not low_ok):
+            bounds = f"{'at least' if low_ok else 'above'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+            raise ValueError(f"must be {word} {bounds}")
+        return value
+
+    return parse
+
+
+def several(parse_one):
+    """A parser for space-separated values, each different."""
+
+    def parse(text):
+        words = text.split()
+        if not words:
+            raise ValueError('holds no value; give one or more, separated by spaces, such as "1 2"')
+        values = []
+        for word in words:
+            try:
+                values.append(parse_one(word))
+            except ValueError as error:
+                comma = " (separate with spaces, not commas)" if "," in word else ""
+                raise ValueError(f"{word!r} {error}{comma}") from None
+        if len(set(values)) < len(values):
+            raise ValueError("names a value twice; name each once")
+        return values
+
+    return parse
+
+
+def plain_text(text):
+    """A parser for names and paths: one line of printable text."""
+    if not text.strip():
+        raise ValueError("is empty; unset it to use the default")
+    if not text.isprintable():
+        raise ValueError("holds a line break or control character; write it on one line (file with Windows line ends?)")
+    return text
+
+
+VARIABLES = {  # name: (default, parser, meaning)
+    "LR_LOWER": ("5e-6", number(0, 10, low_ok=False), "learning rate, lower end of the log-uniform range"),
+    "LR_UPPER": ("2e-4", number(0, 10, low_ok=False), "learning rate, upper end"),
+    "BS_CHOICES": ("1 2", several(number(1, kind=int)), "per-device batch sizes, separated by spaces"),
+    "WD_CHOICES": ("0.0 0.01", several(number(0, 10)), "weight decays, separated by spaces"),
+    "WORKER_NODES": ("1", number(1, 1000, kind=int), "worker-node jobs to submit"),
+    "NUM_SAMPLES": ("12", number(1, kind=int), "trials"),
+    "NUM_EPOCHS": ("5", number(1, kind=int), "epochs of a trial that is never stopped (ASHA's max_t)"),
+    "MODEL_NAME": ("bigscience/bloom-560m", plain_text, "model: hub id or local folder"),
+    "SQUAD_DATA": ("rajpurkar/squad", plain_text, "data: hub id, or folder with train-v1.1.json and dev-v1.1.json"),
+    "TRAIN_SAMPLES": ("1000", number(1, kind=int), "training questions, drawn with SEED"),
+    "EVAL_SAMPLES": ("100", number(1, kind=int), "validation questions, drawn with SEED"),
+    "WORKERS_PER_TRIAL": ("2", number(1, 1024, kind=int), "training processes of a trial (W)"),
+    "CPUS_PER_WORKER": ("2", number(1, 1024, kind=int), "CPUs of each (Cw)"),
+    "GPUS_PER_WORKER": ("1", number(0, 1, kind=int), "GPUs of each (Gw); on nodes without GPUs 0, unless set"),
+    "SEED": ("42", number(0, 2**31 - 1, kind=int), "sampling of the search space and data, shuffling, training"),
+}
+
+
+def read_settings(environ):
+    """The variables above as attributes, checked.
+
+    Raises InputError: one line for each variable that is wrong, or whose name looks like a misspelt one of ours.
+    """
+    settings, problems = SimpleNamespace(), []
+    for name, (default, parse, _) in VARIABLES.items():
+        text = environ.get(name, default)
+        try:
+            setattr(settings, name, parse(text))
+        except ValueError as error:
+            problems.append(f"{name}={text!r}: {error} (default: {default!r})")
+    if not problems and settings.LR_LOWER >= settings.LR_UPPER:
+        problems.append(
+            f"LR_LOWER={settings.LR_LOWER:g} LR_UPPER={settings.LR_UPPER:g}: LR_LOWER must be the smaller of the two"
+        )
+    for name in sorted(set(environ) - set(VARIABLES)):
+        for meant in difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.82):
+            problems.append(f"{name}={environ[name]!r}: no such variable; did you mean {meant}? (else unset {name})")
+    if problems:
+        raise InputError("\n".join(problems))
+    # Whether GPUs are asked for, or only used where there are any, is decided by whether the user said so.
+    settings.gpus_required = "GPUS_PER_WORKER" in environ
+    return settings
+
+
+# Names of our own in the search space -> fields of transformers.TrainingArguments. All other keys are such fields.
+TRAINING_ARGUMENT = {"lr": "learning_rate", "per_device_bs": "per_device_train_batch_size", "wd": "weight_decay"}
+
+
+def check_search_space(space):
+    """Raises InputError for a key of the search space that the training would not understand."""
+    unknown = set(space["train_loop_config"]) - set(TRAINING_ARGUMENT)
+    if not unknown:
+        return
+    from transformers import TrainingArguments  # takes seconds, so only when there are such keys
+
+    unknown -= set(TrainingArguments.__dataclass_fields__)
+    if unknown:
+        fields = list(TrainingArguments.__dataclass_fields__)
+        hints = {k: difflib.get_close_matches(k, fields + list(TRAINING_ARGUMENT), n=1) for k in sorted(unknown)}
+        raise InputError(
+            "\n".join(
+                f"search space: {key!r} is no hyperparameter: neither one of {', '.join(TRAINING_ARGUMENT)} nor a "
+                f"field of transformers.TrainingArguments{f'; did you mean {hint[0]!r}?' if hint else ''}"
+                for key, hint in hints.items()
+            )
+        )
+
+
+# ======================================================================================================================
+# Data: SQuAD questions -> token ids, once per run
+# ======================================================================================================================
+def load_squad(s):
+    """SQuAD as token ids: (train, validation), lists of TRAIN_SAMPLES and EVAL_SAMPLES rows as encode() makes them.
+
+    SQUAD_DATA is a folder with train-v1.1.json and dev-v1.1.json, or the name of a data set on the Hugging Face hub.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(s.MODEL_NAME)
+    splits = []
+    for split, file, variable in (("train", "train-v1.1.json", "TRAIN_SAMPLES"), ("validation", "dev-v1.1.json", "EVAL_SAMPLES")):
+        if Path(s.SQUAD_DATA).is_dir():
+            questions = read_squad_json(Path(s.SQUAD_DATA) / file)
+        else:
+            from datasets import load_dataset
+
+            questions = load_dataset(s.SQUAD_DATA, split=split)
+        count = getattr(s, variable)
+        if count > len(questions):
+            raise InputError(f"{variable}={count}: {s.SQUAD_DATA} ({split}) has {len(questions)} questions; ask for at most these")
+        chosen = random.Random(s.SEED).sample(range(len(questions)), count)
+        rows = [questions[i] for i in chosen]
+        splits.append([encode(r["context"], r["question"], r["answers"]["text"][0], tokenizer) for r in rows])
+    return tuple(splits)
+
+
+def read_squad_json(path):
+    """A SQuAD v1.1 file as rows of the hub's form: context, question, answers {text: [...]}.
+
+    Raises InputError if the file is missing or not of that form.
+    """
+    try:
+        articles = json.loads(path.read_text(encoding="utf-8-sig"))["data"]
+        rows = [
+            {"context": p["context"], "question": q["question"], "answers": {"text": [a["text"] for a in q["answers"]]}}
+            for article in articles
+            for p in article["paragraphs"]
+            for q in p["qas"]
+        ]
+        texts = [text for row in rows for text in (row["context"], row["question"], *row["answers"]["text"])]
+        if not rows or not all(row["answers"]["text"] for row in rows) or not all(isinstance(t, str) for t in texts):
+            raise ValueError("no questions, a question without an answer, or a text that is none")
+    except FileNotFoundError:
+        raise InputError(f"SQUAD_DATA={str(path.parent)!r}: no file {path.name} in this folder; give one that holds it") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"SQUAD_DATA={str(path.parent)!r}: {path.name} is not SQuAD v1.1 JSON ({reason}); fetch it again") from None
+    return rows
+
+
+def encode(context, question, answer, tokenizer, max_length=MAX_LENGTH):
+    """One question as a causal language model learns it: {"input_ids": [n], "labels": [n]}, n <= max_length.
+
+    input_ids = prompt + answer + end-of-sequence. labels, in the same positions: -100 (ignored) on the prompt, the
+    token itself on the answer and the end-of-sequence. The model shifts them by one.
+
+    If that is longer than max_length the prompt gives way, never the answer: first the end of the context is cut, then
+    the start of the question. Only an answer that alone fills max_length - 1 tokens loses its own end.
+    """
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    target = [*ids(" " + answer.strip())[: max_length - 2], tokenizer.eos_token_id]
+    body, ask = ids(f"Context: {context}"), ids(f"\nQuestion: {question}\nAnswer:")
+    room = max_length - len(target)  # >= 1, so at least one prompt token precedes the answer
+    ask = ask[-room:]
+    prompt = body[: room - len(ask)] + ask
+    return {"input_ids": prompt + target, "labels": [-100] * len(prompt) + target}
+
+
+def collate(rows, pad_id, trim_logits=True):
+    """Rows -> one batch: input_ids, attention_mask, labels, and logits_to_keep.
+
+    Two things save most of the work. Rows are padded on the left and only to the longest of the batch (n), not to
+    MAX_LENGTH. And since labels stand only at the right end, the model computes logits for the last k positions alone
+    (logits_to_keep): BLOOM's output layer has 250,880 words, nearly half of its parameters.
+
+    Shapes: input_ids, attention_mask [b, n]; labels [b, k] with k = longest answer + 1 (without trim_logits [b, n]).
+    """
+    import torch
+
+    n = max(len(row["input_ids"]) for row in rows)
+    ids, mask, labels = (torch.full((len(rows), n), fill) for fill in (pad_id, 0, -100))
+    for i, row in enumerate(rows):
+        start = n - len(row["input_ids"])
+        ids[i, start:] = torch.tensor(row["input_ids"])
+        labels[i, start:] = torch.tensor(row["labels"])
+        mask[i, start:] = 1
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if trim_logits:
+        keep = min(n, 1 + max(sum(label != -100 for label in row["labels"]) for row in rows))
+        batch |= {"labels": labels[:, -keep:], "logits_to_keep": keep}
+    return batch
+
+
+# ======================================================================================================================
+# Training: one configuration, with or without Ray
+# ======================================================================================================================
+def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
+    """Train one configuration for NUM_EPOCHS epochs, with an evaluation after each; returns the Trainer.
+
+    Runs in every process of a data-parallel group, or in a single process. hyperparameters: the drawn
+    train_loop_config. The loss to compare is `eval_loss`: mean negative log-likelihood (nats) per answer token.
+    """
+    import functools
+    import inspect
+    import tempfile
+
+    import deepspeed
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+    class AnswerLossTrainer(Trainer):
+        """Evaluates the exact loss over the validation set.
+
+        The stock Trainer averages the means of batches, skips batches that are NaN, and counts the samples twice that
+        fill up the last batch. Here each answer token counts once, whatever the batch size and number of workers.
+        """
+
+        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+            inputs = self._prepare_inputs(inputs)
+            labels = inputs.pop("labels")[:, 1:]
+            with torch.no_grad():
+                logits = model(**inputs).logits[:, :-1].float()
+            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+            tokens = (labels != -100).sum(1)
+            return None, torch.stack([losses.sum(1), tokens], dim=1), tokens
+
+    def mean_loss(prediction):
+        loss_sum, tokens = prediction.predictions.astype("float64").sum(axis=0)
+        return {"loss": loss_sum / tokens}  # the Trainer names it eval_loss
+
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        # Without a GPU DeepSpeed would compile a C++ kernel for its own CPU communication: a minute, and a compiler on
+        # every node. torch's gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = {
+            "num_train_epochs": s.NUM_EPOCHS,
+            "per_device_eval_batch_size": EVAL_BATCH_SIZE,
+            "eval_strategy": "epoch",
+            "fp16": gpu,  # V100: fp16 in hardware, bf16 only emulated
+            "use_cpu": not gpu,
+            "deepspeed": DS_CONFIG and str(DS_CONFIG),
+            "seed": s.SEED,
+            "output_dir": scratch,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": gpu,
+        }
+        for name, value in hyperparameters.items():
+            arguments[TRAINING_ARGUMENT.get(name, name)] = value
+        # ZeRO-3 splits the model while it is loaded, so TrainingArguments and the process group come before the model.
+        training_arguments = TrainingArguments(**arguments)
+        if DS_CONFIG and not gpu:
+            deepspeed.init_distributed(dist_backend="gloo")
+        torch.manual_seed(s.SEED)
+        model = AutoModelForCausalLM.from_pretrained(s.MODEL_NAME, dtype=torch.float32, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(s.MODEL_NAME)
+        trainer = AnswerLossTrainer(
+            model=model,
+            args=training_arguments,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            data_collator=functools.partial(
+                collate,
+                pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                trim_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
+            ),
+            compute_metrics=mean_loss,
+            callbacks=list(callbacks),
+        )
+        trainer.train()
+    return trainer
+
+
+# ======================================================================================================================
+# Trial: fine_tune in W Ray Train workers, each evaluation reported to Tune
+# ======================================================================================================================
+def train_loop_per_worker(config):
+    """What each of the W workers of a trial runs."""
+    import ray
+    from transformers import TrainerCallback
+
+    class TuneReportCallback(TrainerCallback):
+        """After each evaluation one report, so Tune's training_iteration is the epoch and ASHA's rungs are epochs."""
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            loss = (metrics or {}).get("eval_loss", math.nan)
+            # A loss that is missing or infinite is reported as NaN: Tune ends the trial and no rung counts it.
+            ray.train.report({"eval_loss": loss if math.isfinite(loss) else math.nan, "epoch": round(state.epoch, 2)})
+
+    train_rows, eval_rows = ray.get(config["data"])
+    fine_tune(config["hyperparameters"], config["settings"], train_rows, eval_rows, [TuneReportCallback()])
+
+
+def run_trial(config, settings, data, use_gpu, run_dir):
+    """One trial: a TorchTrainer with W workers on one node. Tune may end it at any report."""
+    from ray import train, tune
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback as ForwardReportsToTune
+
+    TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"hyperparameters": config["train_loop_config"], "settings": settings, "data": data[0]},
+        scaling_config=train.ScalingConfig(
+            num_workers=settings.WORKERS_PER_TRIAL,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": settings.CPUS_PER_WORKER, **({"GPU": settings.GPUS_PER_WORKER} if use_gpu else {})},
+            placement_strategy="STRICT_PACK",  # all on one node, the one that offered the trial slot's resources
+        ),
+        run_config=train.RunConfig(
+            name=tune.get_context().get_trial_id(),
+            storage_path=str(run_dir / "train"),
+            callbacks=[ForwardReportsToTune()],
+        ),
+    ).fit()
+
+
+# ======================================================================================================================
+# Main
+# ======================================================================================================================
+QUIETER_AND_FASTER = {  # for every process of the run; measured effects in the README beside ds_config.json
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report reaches Tune within half a second instead of two
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line of a worker appears twice
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a busy node may need longer than the default 60 s
+    "RAY_AIR_NEW_OUTPUT": "0",  # the boxed table of trials
+    "TUNE_WARN_THRESHOLD_S": "60",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def say(text):
+    """One line of the log, with time and role."""
+    print(f"{time.strftime('%H:%M:%S')} search | {text}", flush=True)
+
+
+def check_paths(s):
+    """MODEL_NAME and SQUAD_DATA that are folders become absolute (workers run elsewhere) and must hold what is needed.
+
+    A name like org/name that is no folder is left to the hub. Raises InputError.
+    """
+    problems = []
+    for variable in ("MODEL_NAME", "SQUAD_DATA"):
+        value = getattr(s, variable)
+        path = Path(value).expanduser()
+        if path.is_dir():
+            setattr(s, variable, str(path.resolve()))
+        elif path.exists() or value[0] in "./~" or value.count("/") > 1:
+            problems.append(f"{variable}={value!r}: no such folder; give an existing folder or a hub id such as {VARIABLES[variable][0]}")
+    if Path(s.MODEL_NAME).is_dir() and not (Path(s.MODEL_NAME) / "config.json").is_file():
+        problems.append(f"MODEL_NAME={s.MODEL_NAME!r}: no config.json in this folder; give one that save_pretrained wrote")
+    if Path(s.SQUAD_DATA).is_dir():
+        for file, variable in (("train-v1.1.json", "TRAIN_SAMPLES"), ("dev-v1.1.json", "EVAL_SAMPLES")):
+            try:
+                found = len(read_squad_json(Path(s.SQUAD_DATA) / file))
+                if found < getattr(s, variable):
+                    problems.append(f"{variable}={getattr(s, variable)}: {file} has only {found} questions; ask for at most {found}")
+            except InputError as error:
+                problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def best_report(results):
+    """The lowest finite eval_loss of all reports of all trials without error, or None.
+
+    results: what Tuner.fit() returns. -> {"eval_loss", "epoch", "time_total_s", "config"}
+    """
+    best = None
+    for result in results:
+        if result.error or result.metrics_dataframe is None:
+            continue
+        for row in result.metrics_dataframe.to_dict("records"):
+            if math.isfinite(row["eval_loss"]) and (best is None or row["eval_loss"] < best["eval_loss"]):
+                best = {key: row[key] for key in ("eval_loss", "epoch", "time_total_s")} | {"config": result.config}
+    return best
+
+
+def cause_of(error_text):
+    """The line of a trace that names the error, such as "ValueError: ...": the innermost cause, stated last."""
+    lines = [line.strip() for line in error_text.splitlines() if line.strip()]
+    named = [line for line in lines if line.split(":")[0].split(".")[-1].endswith(("Error", "Exception", "Interrupt"))]
+    return (named or lines or ["unknown"])[-1][:200]
+
+
+def search(s, run_dir):
+    """Run all trials; prints their course, the table and the best result. Returns the exit status.
+
+    0 if every trial ran and at least one finished; trials that failed are listed with their cause. 1 otherwise.
+    """
+    os.environ.update(QUIETER_AND_FASTER)
+    data = load_squad(s)
+    say(f"data: {len(data[0])} training and {len(data[1])} validation questions as tokens, from {s.SQUAD_DATA}")
+
+    import ray
+    from ray import tune
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    # Each worker node offers one trial_slot for each trial that it can hold (worker_capacity.py), and each trial takes
+    # one: so a trial that is RUNNING has its resources, and nodes that come or go change the number in flight.
+    address = os.environ.get("RAY_ADDRESS")
+    cluster = {"address": address} if address else {
+        "num_cpus": s.WORKERS_PER_TRIAL * s.CPUS_PER_WORKER, "resources": {"trial_slot": 1}, "include_dashboard": False,
+    }
+    ray.init(**cluster, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": QUIETER_AND_FASTER})
+    resources = ray.cluster_resources()
+    use_gpu = s.GPUS_PER_WORKER > 0 and resources.get("GPU", 0) > 0
+    if s.gpus_required and s.GPUS_PER_WORKER and not use_gpu:
+        raise InputError(f"GPUS_PER_WORKER={s.GPUS_PER_WORKER}: the worker nodes have no GPU; set 0, or use GPU nodes")
+    say(f"cluster: {resources.get('trial_slot', 0):g} trial(s) at once, {s.WORKERS_PER_TRIAL} workers each, on {'GPUs' if use_gpu else 'CPUs'}")
+
+    class Progress(tune.Callback):
+        """One line for each start, report and end of a trial."""
+
+        def on_trial_start(self, iteration, trials, trial, **info):
+            drawn = trial.config["train_loop_config"]
+            say(f"{trial}  started    {'  '.join(f'{k} {v:.3g}' if isinstance(v, float) else f'{k} {v}' for k, v in drawn.items())}")
+
+        def on_trial_result(self, iteration, trials, trial, result, **info):
+            say(f"{trial}  epoch {result['epoch']:g}/{s.NUM_EPOCHS}  eval_loss {result['eval_loss']:.5f}")
+
+        def on_trial_complete(self, iteration, trials, trial, **info):
+            loss, epoch = trial.last_result.get("eval_loss", math.nan), trial.last_result.get("training_iteration", 0)
+            if not math.isfinite(loss):
+                end = f"ended      diverged at epoch {epoch}"
+            else:
+                end = "finished   all epochs" if epoch >= s.NUM_EPOCHS else f"stopped    by ASHA after epoch {epoch}"
+            say(f"{trial}  {end}")
+
+        def on_trial_error(self, iteration, trials, trial, **info):
+            say(f"{trial}  FAILED     {cause_of(Path(trial.error_file).read_text() if trial.error_file else '')}")
+
+    class FinalTable(tune.CLIReporter):
+        """Ray's boxed table of trials, once at the end instead of every 30 seconds, without the lines around it."""
+
+        def should_report(self, trials, done=False):
+            return done
+
+        def report(self, trials, done, *system_info):
+            lines = self._progress_str(trials, done, *system_info).splitlines()
+            print(*(line for line in lines if line.startswith(("+", "|", "Number of trials"))), sep="\n", flush=True)
+
+    results = tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_trial, settings=s, data=[ray.put(data)], use_gpu=use_gpu, run_dir=run_dir), {"trial_slot": 1}),
+        param_space=search_space(s),
+        tune_config=tune.TuneConfig(
+            num_samples=s.NUM_SAMPLES,
+            scheduler=scheduler(s),
+            search_alg=BasicVariantGenerator(random_state=s.SEED),
+            trial_name_creator=lambda trial: f"TorchTrainer_{trial.trial_id}",
+            trial_dirname_creator=lambda trial: f"TorchTrainer_{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(run_dir),
+            stop=lambda trial_id, result: not math.isfinite(result["eval_loss"]),  # a diverged trial ends at once
+            callbacks=[Progress()],
+            progress_reporter=FinalTable(
+                metric_columns={"training_iteration": "iter", "time_total_s": "total time (s)", "eval_loss": "eval_loss"},
+                max_column_length=40,
+                max_progress_rows=s.NUM_SAMPLES,
+                max_error_rows=0,
+            ),
+            verbose=1,
+        ),
+    ).fit()
+
+    failed = [result for result in results if result.error]
+    for result in failed:
+        say(f"FAILED {Path(result.path).name}: {cause_of(str(result.error))} (full trace: {result.path}/error.txt)")
+    best = best_report(results)
+    if best is None or len(results) < s.NUM_SAMPLES:
+        print(f"ERROR: {len(results)} of {s.NUM_SAMPLES} trials ran, {len(failed)} failed"
+              + ("; none reported a loss: read the first trace above" if best is None else ""))
+        return 1
+    print(f"Best Trial Result:\n{best}", flush=True)
+    return 0
+
+
+def main():
+    """Returns the exit status: 0 success, 1 the search failed, 2 bad input (one line each, nothing started)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--get", nargs="+", metavar="NAME", choices=VARIABLES, help="print resolved values, one on a line")
+    what.add_argument("--check", action="store_true", help="check every input and print the settings; start nothing")
+    what.add_argument("--run-dir", type=Path, metavar="DIR", help="run the search; its results go here")
+    arguments = parser.parse_args()
+    try:
+        settings = read_settings(os.environ)
+        check_paths(settings)
+        if arguments.get:
+            for name in arguments.get:
+                value = getattr(settings, name)
+                print(*value if isinstance(value, list) else [value])
+            return 0
+        check_search_space(search_space(settings))
+        if arguments.check:
+            for name in VARIABLES:
+                value = getattr(settings, name)
+                print(f"  {name:<18} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+            return 0
+        return search(settings, arguments.run_dir.resolve())
+    except InputError as error:
+        print(*(f"ERROR: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
