@@ -1,0 +1,267 @@
+#!/bin/bash
+# A real Slurm on one Debian or Ubuntu machine: for the tests, and to try sbatch without a cluster.
+#
+#   eval "$(bash tests/mini_slurm.sh up)"   # start it (if need be: install it) and point this shell to it
+#   sinfo                                   # head: 8 CPUs; worker1, worker2: 20 CPUs, 8 GPUs in name, feature v100
+#   bash tests/mini_slurm.sh status         # one line per daemon, then the nodes; exit 0 if all is up, else 1
+#   bash tests/mini_slurm.sh down           # cancel all jobs, stop all daemons, remove the folder
+#
+# `up` writes nothing but the export line of SLURM_CONF to stdout; the log is on stderr. Jobs run on this
+# machine as the user who submits them; the CPUs and GPUs of the nodes are booked, not there.
+# All files are in one folder, MINI_SLURM_DIR (default: /tmp/mini_slurm.<uid>); several can be up at once, and
+# a Slurm in /etc/slurm is not touched. Started by root it serves all users, by another user only that user.
+
+set -euo pipefail
+
+DAEMONS=(munged slurmctld head worker1 worker2)
+KILL_WAIT=5                             # seconds from SIGTERM to SIGKILL when a job is cancelled
+DIR=${MINI_SLURM_DIR:-/tmp/mini_slurm.$UID}
+PATH=$PATH:/usr/sbin:/sbin              # where the daemons are, and a normal user's PATH is not
+
+log()   { printf '%s mini_slurm: %s\n' "$(date +%T)" "$*" >&2; }
+die()   { log "$*"; exit 1; }
+usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; }
+
+# --- the folder --------------------------------------------------------------------------------------------
+
+check_folder() {    # `down` removes the folder with all that is in it: take none that is not ours
+    [[ ! -L $DIR ]] || die "MINI_SLURM_DIR=$DIR is a symbolic link; name the folder itself"
+    DIR=$(realpath -m -- "$DIR")
+    [[ $DIR =~ ^/[A-Za-z0-9._/-]+$ ]] || die "MINI_SLURM_DIR=$DIR: only letters, digits and . _ - / please"
+    (( ${#DIR} <= 60 )) || die "MINI_SLURM_DIR=$DIR is longer than 60 characters, too long for Slurm's sockets"
+    [[ -e $DIR ]] || return 0
+    [[ -d $DIR && -O $DIR ]] || die "$DIR is not a folder of user $(id -un); set MINI_SLURM_DIR to another one"
+    [[ -e $DIR/mini_slurm || -z $(ls -A -- "$DIR") ]] || die "$DIR holds files that are not mini_slurm's"
+}
+
+lock_folder() {     # one up or down at a time; a folder that was removed while we waited is not the one to lock
+    until [[ $DIR -ef /dev/fd/9 ]]; do
+        mkdir -p -- "$DIR"
+        exec 9<"$DIR"
+        flock -w 120 9 || die "another mini_slurm.sh has been busy in $DIR for 120 s"
+    done
+}
+
+free_ports() {      # prints $1 ports that nobody listens on, below those that the kernel hands out by itself
+    local port ports=()
+    while (( ${#ports[@]} < $1 )); do
+        port=$(( 20000 + RANDOM % 12000 ))
+        [[ " ${ports[*]} " == *" $port "* ]] || (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || ports+=("$port")
+    done
+    echo "${ports[@]}"
+}
+
+write_config() {
+    local ctld_port head_port worker1_port worker2_port i
+    local address="NodeHostname=localhost NodeAddr=127.0.0.1 RealMemory=512000"
+    local worker="CPUs=20 Weight=10 Gres=gpu:v100:8 Feature=v100"
+    read -r ctld_port head_port worker1_port worker2_port <<<"$(free_ports 4)"
+    touch "$DIR/mini_slurm"             # marks the folder as ours
+    chmod 755 "$DIR"
+    mkdir "$DIR"/{munge,run,log,gpu,state,spool} "$DIR"/spool/{head,worker1,worker2}
+    chmod 700 "$DIR/state"
+    (umask 077; head -c 256 /dev/urandom >"$DIR/munge/key")
+    for i in {0..7}; do ln -s /dev/null "$DIR/gpu/gpu$i"; done  # Slurm wants one device file per GPU; any will do
+    cat >"$DIR/gres.conf" <<END
+AutoDetect=off
+NodeName=worker[1-2] Name=gpu Type=v100 File=$DIR/gpu/gpu[0-7]
+END
+    # From 22.05 on slurmd looks for cgroups and systemd, which containers often lack, unless told not to.
+    case $(slurmd -V) in
+        *\ 2[01].*)         ;;          # does not know the setting
+        *\ 22.* | *\ 23.*)  echo "CgroupPlugin=cgroup/v1" >"$DIR/cgroup.conf" ;;    # no "disabled" yet; not used
+        *)                  echo "CgroupPlugin=disabled" >"$DIR/cgroup.conf" ;;
+    esac
+    # The lower weight is filled first: small jobs go to head and leave the workers' CPUs alone. Memory is not
+    # booked (CR_CPU). MinJobAge: `scontrol show job` answers for an hour after the end. bf_interval: a job that
+    # fits is not kept waiting for half a minute by one that does not.
+    cat >"$DIR/slurm.conf" <<END
+ClusterName=sandbox
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort=$ctld_port
+SlurmUser=$(id -un)
+SlurmdUser=$(id -un)
+AuthType=auth/munge
+AuthInfo=socket=$DIR/munge/socket
+StateSaveLocation=$DIR/state
+SlurmdSpoolDir=$DIR/spool/%n
+SlurmctldPidFile=$DIR/run/slurmctld.pid
+SlurmdPidFile=$DIR/run/%n.pid
+SlurmctldLogFile=$DIR/log/slurmctld.log
+SlurmdLogFile=$DIR/log/%n.log
+JobCompType=jobcomp/filetxt
+JobCompLoc=$DIR/log/jobcomp.log
+MinJobAge=3600
+MailProg=/bin/true
+SchedulerParameters=bf_interval=1
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+GresTypes=gpu
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+ReturnToService=2
+KillWait=$KILL_WAIT
+BatchStartTimeout=60
+MessageTimeout=30
+NodeName=head $address Port=$head_port CPUs=8 Weight=1
+NodeName=worker1 $address Port=$worker1_port $worker
+NodeName=worker2 $address Port=$worker2_port $worker
+PartitionName=batch Nodes=head,worker1,worker2 Default=YES MaxTime=INFINITE State=UP
+END
+}
+
+# --- starting ----------------------------------------------------------------------------------------------
+
+install_packages() {
+    local tool missing=() policy=/usr/sbin/policy-rc.d
+    for tool in munged munge slurmctld slurmd sbatch squeue sinfo scontrol scancel; do
+        command -v "$tool" >/dev/null || missing+=("$tool")
+    done
+    (( ${#missing[@]} )) || return 0
+    command -v apt-get >/dev/null || die "no apt-get here: install Slurm and munge yourself (missing: ${missing[*]})"
+    (( EUID == 0 )) || die "missing ${missing[*]}; install them with: sudo apt-get install -y slurm-wlm munge"
+    log "installing slurm-wlm and munge (missing: ${missing[*]})"
+    if [[ ! -e $policy ]]; then         # Debian's way to say: do not start the services of what is installed now
+        trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod 755 "$policy"
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get -o DPkg::Lock::Timeout=300 update -qq </dev/null >&2
+    apt-get -o DPkg::Lock::Timeout=300 install -qq -y --no-install-recommends slurm-wlm munge </dev/null >&2
+}
+
+start() {           # start NAME COMMAND...: in the background, in a session of its own; its pid goes to run/NAME.pid
+    local name=$1
+    shift
+    # A script's background process ignores INT and QUIT, and so would every job: set them back.
+    (cd "$DIR" && exec setsid env --default-signal=INT,QUIT "$@" </dev/null >>"log/$name.err" 2>&1 9<&-) &
+    echo $! >"$DIR/run/$name.pid"
+}
+
+pid_of() {          # prints the pid of a daemon of this folder; fails if it does not run
+    local pid
+    pid=$(cat "$DIR/run/$1.pid" 2>/dev/null) && [[ -n $pid ]] || return 1
+    grep -qsF -- "$DIR/" "/proc/$pid/cmdline" && echo "$pid"
+}
+
+all_running()       { local name; for name in "${DAEMONS[@]}"; do pid_of "$name" >/dev/null || return 1; done; }
+munge_answers()     { timeout 5 munge --socket="$DIR/munge/socket" --no-input; }
+slurmctld_answers() { timeout 5 scontrol ping; }
+nodes_usable() {    # all three idle or at work; a node that Slurm has set aside is called back
+    local node state usable=0
+    while read -r node state; do
+        case $state in
+            idle | mixed | allocated | completing) usable=$(( usable + 1 )) ;;
+            drain* | down* | inval*) timeout 5 scontrol update nodename="$node" state=resume || true ;;
+        esac
+    done < <(timeout 5 sinfo --noheader --Node --format='%N %T')
+    (( usable == 3 ))
+}
+
+await() {           # await SECONDS CONDITION: 0 once the condition holds, 1 if that takes longer
+    local end=$(( SECONDS + $1 ))
+    until "$2" >/dev/null 2>&1; do
+        (( SECONDS < end )) || return 1
+        sleep 0.1
+    done
+}
+
+await_up() {        # await_up SECONDS WHAT CONDITION DAEMON...: dies if it takes longer or one of the daemons ends
+    local limit=$1 what=$2 condition=$3 begin=$SECONDS why="" name
+    shift 3
+    until await 2 "$condition"; do
+        log "waiting for $what, $(( SECONDS - begin )) s of $limit s"
+        (( SECONDS - begin < limit )) || why="it takes too long"
+        for name; do pid_of "$name" >/dev/null || { why="$name has ended"; set -- "$name"; break; }; done
+        [[ -z $why ]] || { (cd "$DIR/log" && tail -n 8 "${@/%/.err}") >&2; die "waited for $what, but $why"; }
+    done
+}
+
+up() {
+    local name
+    check_folder
+    install_packages
+    lock_folder
+    export SLURM_CONF=$DIR/slurm.conf
+    if all_running && slurmctld_answers >/dev/null 2>&1 && await 10 nodes_usable; then
+        log "already up in $DIR"
+    else
+        [[ ! -e $DIR/mini_slurm ]] || log "only partly up: starting again"
+        stop_everything
+        write_config
+        # --force: only warn if a parent folder is not to munge's taste (a private home, a test's own /tmp)
+        start munged munged --foreground --force --socket="$DIR/munge/socket" --key-file="$DIR/munge/key" \
+            --pid-file="$DIR/run/munged.pid" --seed-file="$DIR/munge/seed"
+        await_up 20 "munged to answer" munge_answers munged
+        start slurmctld slurmctld -D -f "$SLURM_CONF"
+        await_up 30 "slurmctld to answer" slurmctld_answers munged slurmctld
+        for name in head worker1 worker2; do start "$name" slurmd -D -f "$SLURM_CONF" -N "$name"; done
+        await_up 30 "all nodes to be idle" nodes_usable "${DAEMONS[@]}"
+        log "up in $DIR"
+    fi
+    printf 'export SLURM_CONF=%q\n' "$SLURM_CONF"
+}
+
+# --- stopping ----------------------------------------------------------------------------------------------
+
+leftovers() {       # prints the pids that belong to this folder: daemons, job steps, and all that the jobs started
+    local link pid comm
+    # Slurm's own processes work inside the folder (a job step blanks its command line and environment) ...
+    while read -r link; do
+        pid=${link//[!0-9]/}
+        { read -r comm <"/proc/$pid/comm"; } 2>/dev/null || continue
+        [[ $comm != munged && $comm != slurm* ]] || echo "$pid"
+    done < <(find /proc/[0-9]*/cwd -maxdepth 0 \( -lname "$DIR" -o -lname "${DIR}[/ ]*" \) 2>/dev/null)
+    # ... and a job's processes, even those that left its process tree, have these two variables.
+    { grep -lzsFx "SLURM_CONF=$DIR/slurm.conf" /proc/[0-9]*/environ || true; } |
+        { xargs -r grep -lzsEx 'SLURMD_NODENAME=(head|worker[12])' || true; } | tr -dc '0-9\n'
+}
+no_leftovers()      { [[ -z $(leftovers) ]]; }
+signal_leftovers()  { local pid; for pid in $(leftovers); do kill -s "$1" "$pid" 2>/dev/null || true; done; }
+no_jobs()           { local jobs; jobs=$(timeout 5 squeue --noheader) && [[ -z $jobs ]]; }
+
+stop_everything() { # jobs first and in peace, then the daemons and whatever is left; an empty folder remains
+    if all_running; then
+        timeout 10 scancel --partition=batch || true
+        await $(( KILL_WAIT + 5 )) no_jobs || log "some jobs do not end: killing them"
+    fi
+    signal_leftovers TERM
+    await 3 no_leftovers || signal_leftovers KILL
+    await 5 no_leftovers || die "these processes do not end: $(leftovers | tr '\n' ' ')"
+    [[ ! -e $DIR ]] || find "$DIR" -mindepth 1 ! -path "$DIR/mini_slurm" -delete
+}
+
+down() {
+    check_folder
+    [[ ! -e $DIR ]] || lock_folder
+    export SLURM_CONF=$DIR/slurm.conf
+    stop_everything
+    rm -rf -- "$DIR"
+    log "down; nothing is left in $DIR"
+}
+
+status() {
+    local name pid rc=0
+    check_folder
+    export SLURM_CONF=$DIR/slurm.conf
+    for name in "${DAEMONS[@]}"; do
+        if pid=$(pid_of "$name"); then echo "$name: up, pid $pid"; else echo "$name: down"; rc=1; fi
+    done
+    (( rc == 0 )) || return 1           # sinfo would only wait for what is down
+    timeout 10 sinfo -N && await 1 nodes_usable
+}
+
+main() {
+    umask 022
+    unset "${!SLURM_@}" "${!SBATCH_@}"  # of a job or a cluster that this shell may belong to
+    case ${1:-} in
+        up | down | status) (( $# == 1 )) || { usage >&2; exit 2; }; "$1" ;;
+        -h | --help | "")   usage ;;
+        *)                  log "unknown argument: $1"; usage >&2; exit 2 ;;
+    esac
+}
+
+main "$@"
