@@ -1,0 +1,28 @@
+#!/bin/bash
+# The test command: sets up all that the tests need on a Debian or Ubuntu machine, then lints and runs them.
+#
+#   bash tests/run.sh                       # everything
+#   bash tests/run.sh -k objective          # what follows goes to pytest
+#
+# As root it installs Slurm and shellcheck from the distribution's packages if they are missing; else it says how.
+set -euo pipefail
+
+REPO=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$REPO"
+# Settings of the person who runs the tests must not reach them.
+unset LR_LOWER LR_UPPER BS_CHOICES WD_CHOICES WORKER_NODES NUM_SAMPLES NUM_EPOCHS MODEL_NAME SQUAD_DATA TRAIN_SAMPLES \
+    EVAL_SAMPLES WORKERS_PER_TRIAL CPUS_PER_WORKER GPUS_PER_WORKER SEED RAY_ADDRESS "${!SLURM_@}" "${!SBATCH_@}"
+
+bash scripts/setup_env.sh
+
+if ! command -v shellcheck >/dev/null; then                  # Slurm is installed by mini_slurm.sh
+    if ((UID != 0)); then
+        echo "ERROR: shellcheck is missing; run: sudo apt-get install -y shellcheck" >&2
+        exit 1
+    fi
+    (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends shellcheck) >&2
+fi
+
+.venv/bin/ruff check --line-length 120 .
+git ls-files -z '*.sh' '*.slurm' .ci/run | xargs -0 shellcheck -x
+exec .venv/bin/python -m pytest -p no:cacheprovider "$@" tests
