@@ -113,8 +113,6 @@ def plain_text(text):
     """A parser for names and paths: one line of printable text."""
     if not text.strip():
         raise ValueError("is empty; unset it to use the default")
-    if not text.isprintable():
-        raise ValueError("holds a line break or control character; write it on one line (file with Windows line ends?)")
     return text
 
 
@@ -146,13 +144,14 @@ def read_settings(environ):
     for name, (default, parse, _) in VARIABLES.items():
         text = environ.get(name, default)
         try:
+            if not text.isprintable():
+                raise ValueError("holds a line break or control character (from a file with Windows line ends?); remove it")
             setattr(settings, name, parse(text))
         except ValueError as error:
             problems.append(f"{name}={text!r}: {error} (default: {default!r})")
     if not problems and settings.LR_LOWER >= settings.LR_UPPER:
-        problems.append(
-            f"LR_LOWER={settings.LR_LOWER:g} LR_UPPER={settings.LR_UPPER:g}: LR_LOWER must be the smaller of the two"
-        )
+        lower, upper = (environ.get(name, VARIABLES[name][0]) for name in ("LR_LOWER", "LR_UPPER"))
+        problems.append(f"LR_LOWER={lower} LR_UPPER={upper}: LR_LOWER must be the smaller of the two")
     for name in sorted(set(environ) - set(VARIABLES)):
         for meant in difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.82):
             problems.append(f"{name}={environ[name]!r}: no such variable; did you mean {meant}? (else unset {name})")
@@ -164,7 +163,12 @@ def read_settings(environ):
 
 
 # Names of our own in the search space -> fields of transformers.TrainingArguments. All other keys are such fields.
-TRAINING_ARGUMENT = {"lr": "learning_rate", "per_device_bs": "per_device_train_batch_size", "wd": "weight_decay"}
+TRAINING_ARGUMENT = {
+    "lr": "learning_rate",
+    "per_device_bs": "per_device_train_batch_size",
+    "wd": "weight_decay",
+    "warmup_ratio": "warmup_steps",  # transformers 5 has one field: below 1 it is the share of all steps
+}
 
 
 def check_search_space(space):
@@ -459,6 +463,7 @@ def check_paths(s):
                     problems.append(f"{variable}={getattr(s, variable)}: {file} has only {found} questions; ask for at most {found}")
             except InputError as error:
                 problems.append(str(error))
+                break  # what is wrong with one of the two files is mostly wrong with both
     if problems:
         raise InputError("\n".join(problems))
 

@@ -1,0 +1,134 @@
+"""The objective: what the model is asked to learn, and what eval_loss measures."""
+
+import json
+import types
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo):
+    return AutoTokenizer.from_pretrained(demo / "model")
+
+
+@pytest.fixture(scope="module")
+def model(demo):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_pretrained(demo / "model", dtype=torch.float32).eval()
+
+
+def loss_of(model, batch):
+    with torch.no_grad():
+        return model(**batch).loss.item()
+
+
+ROW = ("The old mill stands by the river. Its keeper is Anna Berg.", "Who keeps the mill?", "Anna Berg")
+
+
+def test_labels_decode_to_the_answer_and_nothing_else(hpo, tokenizer):
+    row = hpo.encode(*ROW, tokenizer)
+    assert len(row["input_ids"]) == len(row["labels"])
+    target = [label for label in row["labels"] if label != -100]
+    assert tokenizer.decode(target) == " Anna Berg" + tokenizer.eos_token
+    assert row["input_ids"][-len(target) :] == target  # the same positions: the answer follows the prompt
+    assert tokenizer.decode(row["input_ids"]).startswith("Context: The old mill")
+    assert tokenizer.decode(row["input_ids"]).endswith("Question: Who keeps the mill?\nAnswer: Anna Berg" + tokenizer.eos_token)
+
+
+def test_the_loss_depends_on_the_context_and_the_question(hpo, tokenizer, model):
+    context, question, answer = ROW
+    losses = [
+        loss_of(model, hpo.collate([hpo.encode(c, q, answer, tokenizer)], tokenizer.pad_token_id))
+        for c, q in ((context, question), ("Nothing is known about it.", question), (context, "What is the name of the dog?"))
+    ]
+    assert len({round(loss, 5) for loss in losses}) == 3
+
+
+@pytest.mark.parametrize("words_of_context, words_of_question, words_of_answer", [
+    (0, 5, 2), (5000, 5, 2), (300, 600, 3), (20, 5, 100), (50, 50, 490), (3, 3, 5000)])
+def test_the_answer_is_kept_and_the_prompt_gives_way(hpo, tokenizer, words_of_context, words_of_question, words_of_answer):
+    words = lambda n, word: " ".join([word] * n)
+    context, question, answer = words(words_of_context, "river"), words(words_of_question, "where"), words(words_of_answer, "mill")
+    row = hpo.encode(context, question, answer, tokenizer, max_length=512)
+    target = [label for label in row["labels"] if label != -100]
+    assert len(row["input_ids"]) == len(row["labels"]) <= 512
+    assert row["labels"][0] == -100  # at least one prompt token, so each answer token is predicted from something
+    whole = tokenizer(" " + answer)["input_ids"]
+    assert target == whole[:510] + [tokenizer.eos_token_id]
+    if words_of_question < 100 and words_of_answer < 100:
+        assert tokenizer.decode(row["input_ids"]).count("where") == words_of_question  # the question stands, the context is cut
+        assert f"\nAnswer: {answer}" in tokenizer.decode(row["input_ids"])
+
+
+def test_a_batch_gives_the_loss_of_its_rows_whatever_the_padding_and_trimming(hpo, tokenizer, model):
+    rows = [hpo.encode(c, "Who?", a, tokenizer) for c, a in (("Anna is here.", "Anna"), ("By the river stands the old mill of Jonas Holm.", "Jonas Holm"))]
+    alone = [loss_of(model, hpo.collate([row], tokenizer.pad_token_id)) for row in rows]
+    tokens = [sum(label != -100 for label in row["labels"]) for row in rows]
+    expected = sum(loss * n for loss, n in zip(alone, tokens, strict=True)) / sum(tokens)
+    trimmed = hpo.collate(rows, tokenizer.pad_token_id)
+    full = hpo.collate(rows, tokenizer.pad_token_id, trim_logits=False)
+    assert trimmed["labels"].shape[1] == trimmed["logits_to_keep"] == max(tokens) + 1 < full["labels"].shape[1]
+    assert loss_of(model, trimmed) == pytest.approx(expected, abs=1e-5)
+    assert loss_of(model, full) == pytest.approx(expected, abs=1e-5)
+
+
+def settings(hpo, demo, squad, **changes):
+    variables = {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(squad)} | {k: str(v) for k, v in changes.items()}
+    return hpo.read_settings(variables)
+
+
+def test_load_squad_draws_the_same_subset_for_a_seed_and_another_for_another(hpo, demo, squad):
+    draw = lambda seed: hpo.load_squad(settings(hpo, demo, squad, TRAIN_SAMPLES=20, EVAL_SAMPLES=10, SEED=seed))
+    train, evaluation = draw(1)
+    assert (len(train), len(evaluation)) == (20, 10)
+    assert draw(1) == (train, evaluation)
+    assert draw(2)[0] != train
+
+
+def test_load_squad_takes_a_data_set_from_the_hub_in_the_same_form(hpo, demo, squad, monkeypatch):
+    """The hub cannot be reached in a test: the library's own loader gets the rows it would return from there."""
+    import datasets
+
+    files = {"train": "train-v1.1.json", "validation": "dev-v1.1.json"}
+
+    def rows(name, split):
+        assert name == "rajpurkar/squad"
+        return datasets.Dataset.from_list(hpo.read_squad_json(squad / files[split]))
+
+    from_folder = hpo.load_squad(settings(hpo, demo, squad, TRAIN_SAMPLES=8, EVAL_SAMPLES=4))
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    assert hpo.load_squad(settings(hpo, demo, "rajpurkar/squad", TRAIN_SAMPLES=8, EVAL_SAMPLES=4)) == from_folder
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"data": 3}', '{"data": []}', '{"data": [{"paragraphs": [{"context": 1, "qas": []}]}]}',
+    '{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": []}]}]}]}',
+    '{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": [{"text": 5}]}]}]}]}'])
+def test_a_file_that_is_not_squad_is_refused_in_one_line(hpo, tmp_path, content):
+    (tmp_path / "train-v1.1.json").write_text(content)
+    with pytest.raises(hpo.InputError) as error:
+        hpo.read_squad_json(tmp_path / "train-v1.1.json")
+    assert "\n" not in str(error.value) and "train-v1.1.json" in str(error.value) and "SQUAD_DATA" in str(error.value)
+
+
+def test_a_squad_file_with_a_byte_order_mark_is_read(hpo, tmp_path):
+    data = {"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": [{"text": "é"}]}]}]}]}
+    (tmp_path / "dev-v1.1.json").write_text(json.dumps(data), encoding="utf-8-sig")
+    assert hpo.read_squad_json(tmp_path / "dev-v1.1.json")[0]["answers"]["text"] == ["é"]
+
+
+class FakeResult(types.SimpleNamespace):
+    """One trial as Tuner.fit() returns it."""
+
+
+def test_the_best_result_is_the_lowest_report_of_any_epoch_of_a_trial_without_error(hpo):
+    import pandas
+
+    def trial(lr, losses, error=None):
+        rows = [{"eval_loss": loss, "epoch": float(i + 1), "time_total_s": 10.0 * (i + 1)} for i, loss in enumerate(losses)]
+        return FakeResult(error=error, config={"train_loop_config": {"lr": lr}}, metrics_dataframe=pandas.DataFrame(rows) if rows else None)
+
+    best = hpo.best_report([trial(1, [5.0, 2.0, 4.0]), trial(2, [3.0, 2.5]), trial(3, [0.1], error=RuntimeError()), trial(4, [float("nan")]), trial(5, [])])
+    assert best == {"eval_loss": 2.0, "epoch": 2.0, "time_total_s": 20.0, "config": {"train_loop_config": {"lr": 1}}}
+    assert hpo.best_report([trial(1, [float("nan")]), trial(2, [])]) is None

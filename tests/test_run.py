@@ -1,0 +1,282 @@
+"""The exercise as a student runs it: real Slurm or none, real Ray, real DeepSpeed training; then its log is read."""
+
+import ast
+import glob
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import EXERCISE, HEAD, REPO, wait_for
+
+SPACE = {"LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "BS_CHOICES": "2 4", "WD_CHOICES": "0.0 0.1"}
+SMALL = {"TRAIN_SAMPLES": "32", "EVAL_SAMPLES": "16"}
+
+
+@pytest.fixture
+def course(tmp_path):
+    """The exercise's folder in a copy of the repository."""
+    for folder in ("scripts", "experiments", "tests"):
+        shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("runs", "*.out", "__pycache__"))
+    for file in ("requirements.txt",):
+        shutil.copy(REPO / file, tmp_path)
+    (tmp_path / ".venv").symlink_to(REPO / ".venv")
+    return tmp_path / EXERCISE.relative_to(REPO)
+
+
+class Cluster:
+    """sbatch, squeue and friends on the sandbox, from the exercise's folder."""
+
+    def __init__(self, environ, folder):
+        self.environ, self.folder = environ, folder
+
+    def __call__(self, *command, **variables):
+        return subprocess.run(command, cwd=self.folder, env=self.environ | variables, text=True, check=True, capture_output=True, timeout=60).stdout
+
+    def submit(self, **variables):
+        return self("sbatch", "--parsable", HEAD, **variables).strip()
+
+    def job(self, job):
+        return dict(word.split("=", 1) for word in self("scontrol", "show", "job", job).split() if "=" in word)
+
+    def wait_for_end(self, job, seconds):
+        states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        return wait_for(lambda: (info := self.job(job))["JobState"] in states and info, seconds, f"job {job} to end; log:\n{self.log(job)[-2000:]}")
+
+    def log(self, job, role="head"):
+        path = self.folder / f"logs/ray_{role}_bloom_5epochs-{job}.out"
+        return path.read_text() if path.exists() else ""
+
+    def workers(self, job):
+        return re.findall(r"submitted worker \d+/\d+: job (\d+)", self.log(job))
+
+
+@pytest.fixture
+def cluster(slurm, course):
+    return Cluster(slurm, course)
+
+
+def processes(*jobs):
+    """Command lines of all processes that belong to these jobs' Ray."""
+    marks = tuple(f"HPO_OWNER={job}.".encode() for job in jobs)
+    found = []
+    for environ in glob.glob("/proc/[0-9]*/environ"):
+        try:
+            if any(entry.startswith(marks) for entry in Path(environ).read_bytes().split(b"\0")):
+                found.append(Path(environ).with_name("cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
+        except OSError:  # ended meanwhile
+            continue
+    return found
+
+
+def nothing_left(*jobs):
+    return not processes(*jobs) and not [f for job in jobs for f in glob.glob(f"/tmp/ray_{job}.*")]
+
+
+def best_of(log):
+    return ast.literal_eval(log.split("Best Trial Result:\n", 1)[1].splitlines()[0])
+
+
+def table_of(log):
+    """Rows of the boxed table as dicts."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in log.splitlines() if line.startswith("| ")]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+
+
+def reports_of(run_dir):
+    """All reports of each trial, from Tune's own results: {trial name: [report]}."""
+    return {path.parent.name: [json.loads(line) for line in path.read_text().splitlines()] for path in run_dir.glob("tune/*/result.json")}
+
+
+def at_once(log):
+    """The largest number of trials in flight."""
+    running, most = 0, 0
+    for line in log.splitlines():
+        if re.search(r"search \| TorchTrainer_\S+  started", line):
+            running += 1
+        elif re.search(r"search \| TorchTrainer_\S+  (stopped|finished|ended|FAILED)", line):
+            running -= 1
+        most = max(most, running)
+    return most
+
+
+def check_log(log, job, status=0):
+    """What every log must be: framed, short, no line twice, nothing that is not for students."""
+    lines = log.splitlines()
+    assert re.fullmatch(rf"===== JOB {job} START  : \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \S+ =====", lines[0])
+    assert re.fullmatch(rf"===== JOB {job} FINISH : \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \S+ =====", lines[-1])
+    body = [line for line in lines[1:-1] if not line.startswith("+--")]
+    assert len(body) < 150
+    assert len(set(body)) == len(body), [line for line in body if body.count(line) > 1]
+    noise = [line for line in body if re.search(r"warn|deprecat|it/s|%\||\x1b|LOAD_|Traceback|Killed|\(raylet\)", line, re.IGNORECASE)]
+    assert not noise
+
+
+def check_results(log, run_dir, trials, epochs):
+    """Table, best line and Tune's own results agree; reports are one an epoch."""
+    reports, rows, best = reports_of(run_dir), table_of(log), best_of(log)
+    assert len(rows) == len(reports) == trials
+    for name, reported in reports.items():
+        assert [report["training_iteration"] for report in reported] == list(range(1, len(reported) + 1))
+        assert [report["epoch"] for report in reported] == [float(i) for i in range(1, len(reported) + 1)]
+        assert len(reported) <= epochs
+        row = next(row for row in rows if row["Trial name"] == name)
+        assert row["status"] == "TERMINATED" and int(row["iter"]) == len(reported)
+        assert float(row["eval_loss"]) == pytest.approx(reported[-1]["eval_loss"], rel=1e-4)
+    everything = [report for reported in reports.values() for report in reported]
+    lowest = min(everything, key=lambda report: report["eval_loss"])
+    assert best == {"eval_loss": lowest["eval_loss"], "epoch": lowest["epoch"], "time_total_s": lowest["time_total_s"],
+                    "config": {"train_loop_config": lowest["config"]["train_loop_config"]}}
+    return reports
+
+
+def test_the_exercise_on_the_sandbox(cluster, demo, squad):
+    """Twelve trials on one worker node that holds four: submitted, watched, read like a student would."""
+    job = cluster.submit(**SPACE, **SMALL, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad))
+    names = wait_for(lambda: (q := cluster("squeue", "--noheader", "--format=%j %N %T").splitlines()) and len(q) == 2 and q, 60, "head and worker in squeue")
+    assert {name.split()[0] for name in names} == {"ray_head_bloom_5epochs", "ray_worker_bloom_5epochs"}
+    run_dir = cluster.folder / "runs" / job
+    assert wait_for(lambda: (run_dir / "token").exists() and (run_dir / "token").stat().st_mode & 0o777, 60, "the token") == 0o600
+    token = (run_dir / "token").read_text()
+    assert cluster.wait_for_end(job, 900)["JobState"] == "COMPLETED", cluster.log(job)
+    log = cluster.log(job)
+    (worker,) = cluster.workers(job)
+    end = cluster.wait_for_end(worker, 10)
+    assert end["JobState"] == "COMPLETED" and end["NodeList"] == "worker1"
+
+    check_log(log, job)
+    reports = check_results(log, run_dir, trials=12, epochs=5)
+    assert at_once(log) == 4
+    for reported in reports.values():
+        drawn = reported[0]["config"]["train_loop_config"]
+        assert 1e-4 <= drawn["lr"] <= 5e-2 and drawn["per_device_bs"] in (2, 4) and drawn["wd"] in (0.0, 0.1)
+    lengths = {len(reported) for reported in reports.values()}
+    assert 5 in lengths and min(lengths) < 5  # some trained to the end, ASHA stopped others: and theirs went to the next
+    for name, reported in reports.items():
+        assert log.count(f"{name}  epoch ") == len(reported)
+        assert f"{name}  {'finished   all epochs' if len(reported) == 5 else f'stopped    by ASHA after epoch {len(reported)}'}" in log
+
+    # Workers left when they were told to, and nothing is left.
+    told = (run_dir / "shutdown.txt").stat().st_mtime
+    left = time.mktime(time.strptime(end["EndTime"], "%Y-%m-%dT%H:%M:%S"))
+    assert left - told < 5
+    assert nothing_left(job, worker)
+    assert not (run_dir / "token").exists()
+    assert token not in log + cluster.log(worker, "worker") and "START" in cluster.log(worker, "worker") and "FINISH" in cluster.log(worker, "worker")
+
+
+def test_both_worker_nodes_run_trials(cluster, demo, squad):
+    variables = SPACE | SMALL | {"WORKER_NODES": "2", "NUM_SAMPLES": "4", "NUM_EPOCHS": "2", "CPUS_PER_WORKER": "4"}
+    job = cluster.submit(**variables, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad))
+    workers = wait_for(lambda: len(w := cluster.workers(job)) == 2 and w, 60, "two workers")
+    wait_for(lambda: all(any("RayTrainWorker" in p for p in processes(worker)) for worker in workers), 240, "training on both nodes")
+    assert cluster.wait_for_end(job, 600)["JobState"] == "COMPLETED", cluster.log(job)
+    log = cluster.log(job)
+    check_log(log, job)
+    check_results(log, cluster.folder / "runs" / job, trials=4, epochs=2)
+    assert "worker 2/2 joined" in log
+    wait_for(lambda: nothing_left(job, *workers), 10, "everything to be gone")
+
+
+@pytest.mark.parametrize("moment", ["START  :", "submitted worker", "worker 1/1 joined", "epoch 1/"])
+def test_cancelled_at_any_moment_nothing_is_left(cluster, demo, squad, moment):
+    job = cluster.submit(**SPACE, **SMALL, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad), NUM_SAMPLES="2")
+    wait_for(lambda: moment in cluster.log(job), 120, f"{moment!r} in the log")
+    cluster("scancel", job)
+    end = cluster.wait_for_end(job, 30)
+    assert end["JobState"] == "CANCELLED" and end["ExitCode"] == "143:0"
+    assert re.search(rf"===== JOB {job} FINISH : .* =====\n\Z", cluster.log(job))
+    workers = cluster.workers(job)
+    wait_for(lambda: not cluster("squeue", "--noheader") and nothing_left(job, *workers), 30, "jobs, processes and folders to be gone")
+
+
+def quickstart(course, *command, **variables):
+    """The exercise without Slurm in a copy of the repository: (exit status, log)."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | variables
+    run = subprocess.run(command or ["bash", HEAD], cwd=course, env=environ, text=True, check=False, stdout=subprocess.PIPE, timeout=900)
+    return run.returncode, run.stdout
+
+
+def job_of(log):
+    return re.search(r"===== JOB (\S+) START", log)[1]
+
+
+def test_quickstart(course):
+    """One command, no Slurm: twelve trials on a machine that holds one at a time."""
+    top = course.parents[3]
+    status, output = quickstart(course, "bash", str(top / "scripts/quickstart.sh"))
+    log = output[output.index("=====") :]
+    assert status == 0
+    job = job_of(log)
+    check_log(log, job)
+    reports = check_results(log, course / "runs" / job, trials=12, epochs=5)
+    lengths = {len(reported) for reported in reports.values()}
+    assert 5 in lengths and min(lengths) < 5
+    losses = [min(report["eval_loss"] for report in reported) for reported in reports.values()]
+    assert max(losses) > 2 * min(losses)  # the learning rate matters
+    assert log == (course / f"logs/ray_head_bloom_5epochs-{job}.out").read_text()
+    assert nothing_left(job)
+
+
+def test_a_hyperparameter_added_in_one_line_takes_effect_and_a_misspelt_one_is_refused(course, demo):
+    script = course.parents[3] / "scripts/raytune_hpo/raytune_asha_scheduler/raytune_asha_hpo.py"
+    line = '            "wd": tune.choice(s.WD_CHOICES),'
+    text = script.read_text()
+    assert text.count(line) == 1
+    variables = SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "NUM_SAMPLES": "2", "NUM_EPOCHS": "1"}
+    script.write_text(text.replace(line, '            "warmup_rate": tune.uniform(0.1, 0.5),\n' + line))
+    status, log = quickstart(course, **variables)
+    assert status == 2 and "ERROR: search space: 'warmup_rate'" in log and not (course / "runs").exists()
+
+    script.write_text(text.replace(line, '            "warmup_ratio": tune.uniform(0.1, 0.5),\n' + line))
+    status, log = quickstart(course, **variables)
+    assert status == 0
+    check_log(log, job_of(log))
+    assert all(0.1 <= float(row["train_loop_config/warmup_ratio"]) <= 0.5 for row in table_of(log))
+
+
+def test_trials_that_fail_are_listed_with_their_cause_and_the_run_fails_if_all_do(course, demo, tmp_path):
+    model = shutil.copytree(demo / "model", tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"not a model")
+    status, log = quickstart(course, **SPACE, **SMALL, MODEL_NAME=str(model), SQUAD_DATA=str(demo / "squad"), NUM_SAMPLES="2")
+    assert status == 1
+    assert len(re.findall(r"TorchTrainer_\S+  FAILED     \S*Error: .*[Hh]eader", log)) == 2
+    assert "ERROR: 2 of 2 trials ran, 2 failed" in log and "Best Trial Result" not in log
+    (trace, _) = re.findall(r"full trace: (\S+)\)", log)
+    assert "Traceback" in Path(trace).read_text()
+    check_log(log, job_of(log))
+    assert nothing_left(job_of(log))
+
+
+def test_a_trial_that_diverges_ends_at_once_and_the_others_go_on(course, demo):
+    """A learning rate of 1e6 and more makes the loss NaN in the first epoch."""
+    script = course.parents[3] / "scripts/raytune_hpo/raytune_asha_scheduler/raytune_asha_hpo.py"
+    text = script.read_text()
+    line = '            "lr": tune.loguniform(s.LR_LOWER, s.LR_UPPER),'
+    assert text.count(line) == 1
+    script.write_text(text.replace(line, '            "lr": tune.grid_search([math.inf, 1e-2]),'))
+    variables = SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "NUM_SAMPLES": "1", "NUM_EPOCHS": "2"}
+    status, log = quickstart(course, **variables)
+    assert status == 0
+    assert len(re.findall(r"TorchTrainer_\S+  ended      diverged at epoch 1", log)) == 1
+    assert len(re.findall(r"TorchTrainer_\S+  finished   all epochs", log)) == 1
+    assert math.isfinite(best_of(log)["eval_loss"]) and best_of(log)["config"]["train_loop_config"]["lr"] == 1e-2
+
+
+def test_interrupted_on_a_laptop_nothing_is_left(course, demo):
+    environ = os.environ | SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+    output = course / "terminal.txt"
+    with output.open("w") as terminal:
+        head = subprocess.Popen(["bash", HEAD], cwd=course, env=environ, stdout=terminal, stderr=subprocess.STDOUT, start_new_session=True)
+    wait_for(lambda: "  started" in output.read_text(), 120, "the first trial")
+    os.killpg(head.pid, signal.SIGINT)  # what Ctrl-C does
+    assert head.wait(30) == 130
+    log = output.read_text()
+    assert re.search(r"FINISH : .* =====\n\Z", log)
+    assert nothing_left(job_of(log))
