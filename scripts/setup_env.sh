@@ -10,7 +10,7 @@ PYTHON=${PYTHON:-python3}
 STAMP=$REPO/.venv/installed_requirements.txt                 # a copy of what was installed, written last
 
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then
-    sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | sed '$d'
+    sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
 fi
 
