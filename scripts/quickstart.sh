@@ -16,7 +16,7 @@ bash "$REPO/scripts/setup_env.sh"
 
 # The demo model is tiny and starts from random weights, so it learns at higher rates than BLOOM-560M does.
 export MODEL_NAME=${MODEL_NAME:-$REPO/.demo/model} SQUAD_DATA=${SQUAD_DATA:-$REPO/.demo/squad}
-export TRAIN_SAMPLES=${TRAIN_SAMPLES:-240} EVAL_SAMPLES=${EVAL_SAMPLES:-60}
+export TRAIN_SAMPLES=${TRAIN_SAMPLES:-160} EVAL_SAMPLES=${EVAL_SAMPLES:-50}
 export LR_LOWER=${LR_LOWER:-1e-4} LR_UPPER=${LR_UPPER:-5e-2}
 export CPUS_PER_WORKER=${CPUS_PER_WORKER:-1}
 exec bash "$REPO/experiments/raytune/scheduler/asha/head_node_raytune_asha_hpo.slurm"
