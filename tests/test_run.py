@@ -63,12 +63,12 @@ def cluster(slurm, course):
 
 
 def processes(*jobs):
-    """Command lines of all processes that belong to these jobs' Ray."""
-    marks = tuple(f"HPO_OWNER={job}.".encode() for job in jobs)
+    """Command lines of all processes that belong to these jobs' Ray: their environment names run folder, role and job."""
+    marks = tuple(f" {role} {job}".encode() for job in jobs for role in ("head", "worker"))
     found = []
     for environ in glob.glob("/proc/[0-9]*/environ"):
         try:
-            if any(entry.startswith(marks) for entry in Path(environ).read_bytes().split(b"\0")):
+            if any(entry.startswith(b"HPO_OWNER=") and entry.endswith(marks) for entry in Path(environ).read_bytes().split(b"\0")):
                 found.append(Path(environ).with_name("cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
         except OSError:  # ended meanwhile
             continue
@@ -171,7 +171,12 @@ def test_the_exercise_on_the_sandbox(cluster, demo, squad):
     assert token not in log + cluster.log(worker, "worker") and "START" in cluster.log(worker, "worker") and "FINISH" in cluster.log(worker, "worker")
 
 
-def test_both_worker_nodes_run_trials(cluster, demo, squad):
+def test_both_worker_nodes_run_trials_and_what_earlier_runs_left_has_no_effect(cluster, demo, squad):
+    latest = max((int(job) for job in re.findall(r"JobId=(\d+)", cluster("scontrol", "show", "job"))), default=0)
+    for job in range(latest + 1, latest + 4):  # a new sandbox counts its jobs from 1 again: folders of these ids are there
+        (cluster.folder / "runs" / str(job)).mkdir(parents=True)
+        (cluster.folder / "runs" / str(job) / "shutdown.txt").touch()
+        (cluster.folder / "runs" / str(job) / "address").write_text("127.0.0.1:1\n")
     variables = SPACE | SMALL | {"WORKER_NODES": "2", "NUM_SAMPLES": "4", "NUM_EPOCHS": "2", "CPUS_PER_WORKER": "4"}
     job = cluster.submit(**variables, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad))
     workers = wait_for(lambda: len(w := cluster.workers(job)) == 2 and w, 60, "two workers")
@@ -179,9 +184,20 @@ def test_both_worker_nodes_run_trials(cluster, demo, squad):
     assert cluster.wait_for_end(job, 600)["JobState"] == "COMPLETED", cluster.log(job)
     log = cluster.log(job)
     check_log(log, job)
-    check_results(log, cluster.folder / "runs" / job, trials=4, epochs=2)
+    run_dir = Path(re.search(r"run folder (.*)", log)[1])
+    assert run_dir.name.startswith(f"{job}-")
+    check_results(log, run_dir, trials=4, epochs=2)
     assert "worker 2/2 joined" in log
     wait_for(lambda: nothing_left(job, *workers), 10, "everything to be gone")
+
+
+def test_a_worker_job_that_slurm_refuses_ends_the_run_with_the_reason(cluster, demo):
+    worker = cluster.folder / "worker_node_raytune_asha_hpo.slurm"
+    worker.write_text(worker.read_text().replace("--constraint=v100", "--constraint=h100"))
+    job = cluster.submit(**SMALL, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(demo / "squad"))
+    assert cluster.wait_for_end(job, 60)["ExitCode"] == "1:0"
+    assert "ERROR: sbatch refused the worker job" in cluster.log(job) and "FINISH" in cluster.log(job)
+    wait_for(lambda: nothing_left(job), 10, "everything to be gone")
 
 
 @pytest.mark.parametrize("moment", ["START  :", "submitted worker", "worker 1/1 joined", "epoch 1/"])

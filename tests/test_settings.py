@@ -54,6 +54,16 @@ def test_a_misspelt_hyperparameter_is_refused_with_a_suggestion_and_a_right_one_
         hpo.check_search_space({"train_loop_config": drawn | {"warmup_rate": None}})
 
 
+@pytest.mark.parametrize("name", ["MODEL_NAME", "SQUAD_DATA"])
+def test_what_the_hub_does_not_deliver_is_one_line_before_ray_is_needed(name, demo, tmp_path):
+    variables = {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), name: "no-such-owner/no-such-name"}
+    run = subprocess.run([sys.executable, SCRIPT, "--run-dir", tmp_path], env=os.environ | variables | {"HF_HUB_OFFLINE": "1"},
+                         text=True, check=False, capture_output=True, timeout=60)
+    assert run.returncode == 2 and not list(tmp_path.iterdir())
+    assert run.stderr.count("ERROR: ") == 1 and f"ERROR: {name}='no-such-owner/no-such-name' cannot be loaded: " in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 def run_head(exercise, **variables):
     return subprocess.run(["bash", HEAD], cwd=exercise, env=os.environ | variables, text=True, check=False, capture_output=True, timeout=60)
 

@@ -73,11 +73,11 @@ ray_started() {                                        # a check for wait_until
 }
 
 owned() {                                              # run a command whose process tree end_owned can find
-    exec env HPO_OWNER="$JOB.$ROLE" "$@"
+    exec env HPO_OWNER="$RUN_DIR $ROLE $JOB" "$@"
 }
 
 owned_pids() {
-    grep -lzxF "HPO_OWNER=$JOB.$ROLE" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3 || true
+    grep -lzxF "HPO_OWNER=$RUN_DIR $ROLE $JOB" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3 || true
 }
 
 # Ray starts a dozen processes, some of which survive their parent. All inherit the mark that owned() set, and no other

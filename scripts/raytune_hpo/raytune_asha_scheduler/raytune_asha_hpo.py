@@ -201,7 +201,10 @@ def load_squad(s):
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(s.MODEL_NAME)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(s.MODEL_NAME)
+    except (OSError, ValueError) as error:
+        raise InputError(not_loaded("MODEL_NAME", s.MODEL_NAME, error)) from None
     splits = []
     for split, file, variable in (("train", "train-v1.1.json", "TRAIN_SAMPLES"), ("validation", "dev-v1.1.json", "EVAL_SAMPLES")):
         if Path(s.SQUAD_DATA).is_dir():
@@ -209,7 +212,10 @@ def load_squad(s):
         else:
             from datasets import load_dataset
 
-            questions = load_dataset(s.SQUAD_DATA, split=split)
+            try:
+                questions = load_dataset(s.SQUAD_DATA, split=split)
+            except (OSError, ValueError) as error:
+                raise InputError(not_loaded("SQUAD_DATA", s.SQUAD_DATA, error)) from None
         count = getattr(s, variable)
         if count > len(questions):
             raise InputError(f"{variable}={count}: {s.SQUAD_DATA} ({split}) has {len(questions)} questions; ask for at most these")
@@ -217,6 +223,14 @@ def load_squad(s):
         rows = [questions[i] for i in chosen]
         splits.append([encode(r["context"], r["question"], r["answers"]["text"][0], tokenizer) for r in rows])
     return tuple(splits)
+
+
+def not_loaded(variable, value, error):
+    """What to tell the user when the hub does not deliver."""
+    return (
+        f"{variable}={value!r} cannot be loaded: {str(error).splitlines()[0][:200]}; compute nodes often cannot reach the hub: "
+        f"fetch it on a login node and give the local folder"
+    )
 
 
 def read_squad_json(path):
