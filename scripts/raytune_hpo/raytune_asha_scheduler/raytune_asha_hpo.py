@@ -316,9 +316,18 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
     import inspect
     import tempfile
 
-    import deepspeed
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
+
+    gpu = torch.cuda.is_available() and s.GPUS_PER_WORKER > 0
+    if not gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns on every start that it has found no GPU
+    import deepspeed
+
+    if not gpu:
+        # Else DeepSpeed compiles a C++ kernel for its own communication between CPUs: a minute, and a compiler on every
+        # node. torch's gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     class AnswerLossTrainer(Trainer):
         """Evaluates the exact loss over the validation set.
@@ -339,12 +348,6 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
     def mean_loss(prediction):
         loss_sum, tokens = prediction.predictions.astype("float64").sum(axis=0)
         return {"loss": loss_sum / tokens}  # the Trainer names it eval_loss
-
-    gpu = torch.cuda.is_available() and s.GPUS_PER_WORKER > 0
-    if not gpu:
-        # Without a GPU DeepSpeed would compile a C++ kernel for its own CPU communication: a minute, and a compiler on
-        # every node. torch's gloo does the same work.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     with tempfile.TemporaryDirectory() as scratch:
         arguments = {
@@ -385,6 +388,7 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
             compute_metrics=mean_loss,
             callbacks=list(callbacks),
         )
+        trainer.remove_callback(PrinterCallback)  # it prints a line for each evaluation, in every process
         trainer.train()
     return trainer
 

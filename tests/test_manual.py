@@ -1,0 +1,78 @@
+"""The manual grid: the same training as the search's, and a grid that goes on where it was cut short."""
+
+import csv
+import os
+import re
+import shutil
+import signal
+import subprocess
+
+import pytest
+from conftest import HEAD, REPO, wait_for
+
+GRID = "bloom_hpo_manual.slurm"
+SMALL = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "2", "CPUS_PER_WORKER": "1"}
+
+
+@pytest.fixture
+def course(tmp_path, demo):
+    """A copy of the repository whose grid is 2 x 1 x 1, and the environment for a small run on the demo."""
+    for folder in ("scripts", "experiments"):
+        shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("runs", "*.out", "results-*", "__pycache__"))
+    (tmp_path / ".venv").symlink_to(REPO / ".venv")
+    grid = tmp_path / "experiments/manual" / GRID
+    text = grid.read_text().replace("(1e-5 2e-4 5e-6)", "(3e-3 1e-2)").replace("(1 2) ", "(2) ").replace("(0.0 0.01)", "(0.01)")
+    assert "(3e-3 1e-2)" in text and "(0.01)" in text
+    grid.write_text(text)
+    return tmp_path, os.environ | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+
+
+def rows_of(folder):
+    (file,) = folder.glob("results-*.csv")
+    return list(csv.DictReader(file.open()))
+
+
+def test_a_grid_cut_short_goes_on_and_its_losses_are_those_of_the_search(course, demo):
+    top, environ = course
+    folder = top / "experiments/manual"
+    with (top / "first.txt").open("w") as output:
+        first = subprocess.Popen(["bash", GRID], cwd=folder, env=environ, stdout=output, stderr=subprocess.STDOUT)
+    wait_for(lambda: "RESULT " in (top / "first.txt").read_text(), 120, "the first combination")
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 143
+    assert re.search(r"===== JOB \S+ FINISH : .* =====\n\Z", (top / "first.txt").read_text())
+    assert [float(row["lr"]) for row in rows_of(folder)] == [3e-3]
+
+    second = subprocess.run(["bash", GRID], cwd=folder, env=environ, text=True, check=False, capture_output=True, timeout=300)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "lr=3e-3 per_device_bs=2 wd=0.01 is in results-" in second.stdout
+    assert second.stdout.count("RESULT ") == 1 and second.stdout.count("  epoch 2/2  eval_loss ") == 1  # once, from rank 0
+    rows = rows_of(folder)
+    assert [float(row["lr"]) for row in rows] == [3e-3, 1e-2]
+
+    # The same configuration, seed and number of workers in a search: one training definition, so the same loss.
+    script = top / "scripts/raytune_hpo/raytune_asha_scheduler/raytune_asha_hpo.py"
+    line = "tune.loguniform(s.LR_LOWER, s.LR_UPPER)"
+    script.write_text(script.read_text().replace(line, "tune.choice([1e-2])"))
+    search = subprocess.run(["bash", HEAD], cwd=top / "experiments/raytune/scheduler/asha", text=True, check=True, capture_output=True,
+                            timeout=300, env=environ | {"NUM_SAMPLES": "1", "BS_CHOICES": "2", "WD_CHOICES": "0.01"})
+    losses = [float(loss) for loss in re.findall(r"eval_loss (\d\S+)", search.stdout)]
+    assert len(losses) == 2
+    assert min(losses) == pytest.approx(float(rows[1]["eval_loss"]), abs=1e-4)
+
+
+def test_a_combination_that_fails_is_named_and_the_others_go_on(course):
+    top, environ = course
+    grid = top / "experiments/manual" / GRID
+    grid.write_text(grid.read_text().replace("(3e-3 1e-2)", "(20 1e-2)"))
+    run = subprocess.run(["bash", GRID], cwd=grid.parent, env=environ, text=True, check=False, capture_output=True, timeout=300)
+    assert run.returncode == 1
+    assert re.search(r"^FAILED lr=20 per_device_bs=2 wd=0.01 : ERROR: --lr 20.0: must be a number above 0 and at most 10", run.stdout, re.MULTILINE)
+    assert [float(row["lr"]) for row in rows_of(grid.parent)] == [1e-2]
+
+
+@pytest.mark.parametrize("options", [[], ["--lr", "1e-3"], ["--lr", "1e-3", "--bs", "1", "--wd", "0", "--best", "x"], ["--best", "/none"]])
+def test_a_wrong_call_says_what_is_missing(options):
+    script = REPO / "scripts/manual_hpo/bloom_hpo_manual.py"
+    run = subprocess.run([script, *options], text=True, check=False, capture_output=True, timeout=60, env=os.environ | {"PATH": f"{REPO}/.venv/bin:{os.environ['PATH']}"})
+    assert run.returncode == 2 and "--best" in run.stderr and "Traceback" not in run.stderr
