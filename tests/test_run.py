@@ -162,6 +162,21 @@ def test_the_exercise_on_the_sandbox(cluster, demo, squad):
         assert log.count(f"{name}  epoch ") == len(reported)
         assert f"{name}  {'finished   all epochs' if len(reported) == 5 else f'stopped    by ASHA after epoch {len(reported)}'}" in log
 
+    # The tables that the run has filled in, and the tool's from the log: start, finish and total are Slurm's own.
+    assert "tables and pictures could not be made" not in log
+    tool = [REPO / ".venv/bin/python", REPO / "scripts/raytune_hpo/fill_tables.py", cluster.folder / f"logs/ray_head_bloom_5epochs-{job}.out"]
+    told = subprocess.run([*tool, "--json", cluster.folder / "run.json"], check=True, capture_output=True, text=True).stdout
+    record = cluster.job(job)
+    seconds = [time.mktime(time.strptime(record[key], "%Y-%m-%dT%H:%M:%S")) for key in ("StartTime", "EndTime")]
+    said = [time.mktime(time.strptime(day, "%Y-%m-%d %H:%M:%S")) for day in re.findall(r"=====.*?(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)", log)]
+    assert abs(said[0] - seconds[0]) <= 1 and abs(said[1] - seconds[1]) <= 1
+    for table in (told, (run_dir / "tables.md").read_text()):
+        for name, reported in reports.items():
+            cells = [cell.strip() for cell in next(line for line in table.splitlines() if line.startswith(f"| {int(name[-5:])} |")).split("|")]
+            drawn = reported[0]["config"]["train_loop_config"]
+            assert [float(cell) for cell in cells[2:7]] == pytest.approx(
+                [drawn["lr"], drawn["per_device_bs"], drawn["wd"], reported[-1]["eval_loss"], reported[-1]["time_total_s"]], rel=1e-4, abs=0.06)
+
     # Workers left when they were told to, and nothing is left.
     told = (run_dir / "shutdown.txt").stat().st_mtime
     left = time.mktime(time.strptime(end["EndTime"], "%Y-%m-%dT%H:%M:%S"))
@@ -208,6 +223,7 @@ def test_cancelled_at_any_moment_nothing_is_left(cluster, demo, squad, moment):
     end = cluster.wait_for_end(job, 30)
     assert end["JobState"] == "CANCELLED" and end["ExitCode"] == "143:0"
     assert re.search(rf"===== JOB {job} FINISH : .* =====\n\Z", cluster.log(job))
+    assert "***" not in cluster.log(job) and "Killed" not in cluster.log(job) and "Traceback" not in cluster.log(job)
     workers = cluster.workers(job)
     wait_for(lambda: not cluster("squeue", "--noheader") and nothing_left(job, *workers), 30, "jobs, processes and folders to be gone")
 
@@ -232,12 +248,32 @@ def test_quickstart(course):
     job = job_of(log)
     check_log(log, job)
     reports = check_results(log, course / "runs" / job, trials=12, epochs=5)
+    assert "tables and pictures could not be made" not in log
+    tables = (course / "runs" / job / "tables.md").read_text()
+    for name, reported in reports.items():
+        row = next(line for line in tables.splitlines() if line.startswith(f"| {int(name[-5:])} |"))
+        assert float(row.split("|")[5]) == pytest.approx(reported[-1]["eval_loss"], rel=1e-4)
+    assert (course / "runs" / job / "report/report.html").stat().st_size > 100_000
     lengths = {len(reported) for reported in reports.values()}
     assert 5 in lengths and min(lengths) < 5
     losses = [min(report["eval_loss"] for report in reported) for reported in reports.values()]
     assert max(losses) > 2 * min(losses)  # the learning rate matters
     assert log == (course / f"logs/ray_head_bloom_5epochs-{job}.out").read_text()
     assert nothing_left(job)
+
+
+def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(course, demo):
+    """Trials that ASHA stops are freed by a helper that must find its own Ray among two on this machine."""
+    environ = os.environ | SPACE | SMALL | {"NUM_SAMPLES": "3", "NUM_EPOCHS": "2", "CPUS_PER_WORKER": "1"}
+    environ |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+    runs = [subprocess.Popen(["bash", HEAD], cwd=course, env=environ, text=True, stdout=subprocess.PIPE) for _ in range(2)]
+    logs = [run.communicate(timeout=600)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], logs
+    assert "stopped    by ASHA after epoch 1" in logs[0] and job_of(logs[0]) != job_of(logs[1])
+    for log in logs:
+        check_log(log, job_of(log))
+        check_results(log, course / "runs" / job_of(log), trials=3, epochs=2)
+        assert nothing_left(job_of(log))
 
 
 def test_a_hyperparameter_added_in_one_line_takes_effect_and_a_misspelt_one_is_refused(course, demo):

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -528,7 +529,13 @@ def search(s, run_dir):
     cluster = {"address": address} if address else {
         "num_cpus": s.WORKERS_PER_TRIAL * s.CPUS_PER_WORKER, "resources": {"trial_slot": 1}, "include_dashboard": False,
     }
-    ray.init(**cluster, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": QUIETER_AND_FASTER})
+    environment = QUIETER_AND_FASTER.copy()
+    if address:
+        # The process that frees a stopped trial's resources looks for "the" Ray of its node. With two runs' Rays on one node
+        # it gives up, and the run waits for ever, unless it is told which is ours.
+        environment["RAY_ADDRESS"] = address
+    ray.init(**cluster, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment})
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # scancel: end at once, without the trace that Ray would print
     resources = ray.cluster_resources()
     use_gpu = s.GPUS_PER_WORKER > 0 and resources.get("GPU", 0) > 0
     if s.gpus_required and s.GPUS_PER_WORKER and not use_gpu:
