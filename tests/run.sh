@@ -4,7 +4,7 @@
 #   bash tests/run.sh                       # everything
 #   bash tests/run.sh -k objective          # what follows goes to pytest
 #
-# As root it installs Slurm and shellcheck from the distribution's packages if they are missing; else it says how.
+# As root it installs Slurm, shellcheck and Chromium from the distribution's packages if they are missing; else it says how.
 set -euo pipefail
 
 REPO=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -15,12 +15,16 @@ unset LR_LOWER LR_UPPER BS_CHOICES WD_CHOICES WORKER_NODES NUM_SAMPLES NUM_EPOCH
 
 bash scripts/setup_env.sh
 
-if ! command -v shellcheck >/dev/null; then                  # Slurm is installed by mini_slurm.sh
+missing=()                                                   # Slurm is installed by mini_slurm.sh
+for tool in shellcheck chromium; do
+    command -v "$tool" >/dev/null || missing+=("$tool")
+done
+if ((${#missing[@]})); then
     if ((UID != 0)); then
-        echo "ERROR: shellcheck is missing; run: sudo apt-get install -y shellcheck" >&2
+        echo "ERROR: ${missing[*]} missing; run: sudo apt-get install -y ${missing[*]}" >&2
         exit 1
     fi
-    (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends shellcheck) >&2
+    (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}") >&2
 fi
 
 .venv/bin/ruff check --line-length 120 .

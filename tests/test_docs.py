@@ -147,6 +147,8 @@ def test_the_log_folder_is_in_git():
 # ---- Commands --------------------------------------------------------------------------------------------------------
 TOOLS = [
     "scripts/raytune_hpo/worker_capacity.py",
+    "scripts/raytune_hpo/fill_tables.py",
+    "scripts/manual_hpo/bloom_hpo_manual.py",
     "scripts/raytune_hpo/raytune_asha_scheduler/raytune_asha_hpo.py",
     "scripts/demo_assets.py",
     "scripts/setup_env.sh",

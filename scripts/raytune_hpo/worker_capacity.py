@@ -5,11 +5,14 @@
     python worker_capacity.py --Cnode 32 --Gnode 4 --nodes 3   # another one
     python worker_capacity.py --slots --Cnode 20 --Gnode 0     # the number alone, for scripts
 
-W, Cw and Gw come from WORKERS_PER_TRIAL, CPUS_PER_WORKER and GPUS_PER_WORKER unless given.
+W, Cw and Gw come from WORKERS_PER_TRIAL, CPUS_PER_WORKER and GPUS_PER_WORKER unless given; Cnode and Gnode, inside a
+Slurm job or on a machine with GPUs, from there.
 """
 
 import argparse
 import os
+import shutil
+import subprocess
 import sys
 
 
@@ -24,17 +27,30 @@ def trials_at_once(W, Cw, Gw, Csys, Cnode, Gnode):
     return max(0, min(by_cpu, by_gpu))
 
 
+def this_machine():
+    """(CPUs, GPUs, where from) of this node: of the Slurm allocation, or of a machine with GPUs, else the exercise's."""
+    env = os.environ
+    if "SLURM_JOB_ID" in env:
+        return env.get("SLURM_CPUS_ON_NODE", os.cpu_count()), env.get("SLURM_GPUS_ON_NODE", 0), f"Slurm job {env['SLURM_JOB_ID']}"
+    if shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+        if gpus := listed.count("UUID"):
+            return os.cpu_count(), gpus, "this machine"
+    return 20, 8, "the exercise's worker node"
+
+
 def main():
     """Prints the two inequalities with numbers; exit status 1 if not even one trial fits."""
     env = os.environ.get
+    cpus, gpus, source = this_machine()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, low, meaning in (
         ("W", env("WORKERS_PER_TRIAL", "2"), 1, "workers per trial"),
         ("Cw", env("CPUS_PER_WORKER", "2"), 1, "CPUs per worker"),
         ("Gw", env("GPUS_PER_WORKER", "1"), 0, "GPUs per worker"),
         ("Csys", "2", 0, "CPUs left to Ray itself"),
-        ("Cnode", "20", 1, "CPUs of a worker node"),
-        ("Gnode", "8", 0, "GPUs of a worker node"),
+        ("Cnode", str(cpus), 1, "CPUs of a worker node"),
+        ("Gnode", str(gpus), 0, "GPUs of a worker node"),
         ("nodes", "1", 1, "worker nodes"),
     ):
         parser.add_argument(f"--{name}", type=whole_number(low), default=default, help=f"{meaning} (default {default})")
@@ -44,14 +60,14 @@ def main():
     if a.slots:
         print(T)
         return 0
-    t = max(T, 1)  # if none fits, show the inequality that one trial breaks
     print(f"capacity: {T} trial(s) at once on a node, {T * a.nodes} on {a.nodes} node(s)")
-    for left, terms, right, limit in (
-        (a.Csys + t * a.W * a.Cw, f"Csys + T*W*Cw = {a.Csys} + {t}*{a.W}*{a.Cw}", "Cnode", a.Cnode),
-        (t * a.W * a.Gw, f"T*W*Gw = {t}*{a.W}*{a.Gw}", "Gnode", a.Gnode),
-    ):
-        verdict = "holds" if left <= limit else "DOES NOT HOLD"
-        print(f"  {terms} = {left} {'<=' if left <= limit else '>'} {right} = {limit}: {verdict}")
+    if not any(option.startswith(("--Cnode", "--Gnode")) for option in sys.argv):
+        print(f"  Cnode = {a.Cnode} and Gnode = {a.Gnode}: {source}")
+    inequalities(a, max(T, 1))  # if none fits, the inequality that one trial breaks
+    more_cpus, more_gpus = a.Csys + (T + 1) * a.W * a.Cw - a.Cnode, (T + 1) * a.W * a.Gw - a.Gnode
+    needs = [f"{n} more {what}" for n, what in ((more_cpus, "CPUs"), (more_gpus, "GPUs")) if n > 0]
+    bound = "CPUs and GPUs" if len(needs) == 2 else needs[0].split()[-1]
+    print(f"  bound by {bound}: one more trial needs {' and '.join(needs)} a node{cheaper(a, T + 1, more_cpus, more_gpus)}")
     if T == 0:
         print(
             f"ERROR: one trial (WORKERS_PER_TRIAL={a.W} CPUS_PER_WORKER={a.Cw} GPUS_PER_WORKER={a.Gw}) does not fit on a "
@@ -59,6 +75,22 @@ def main():
         )
         return 1
     return 0
+
+
+def inequalities(a, t):
+    """Prints both inequalities for t trials, with numbers and verdict."""
+    for left, terms, right, limit in (
+        (a.Csys + t * a.W * a.Cw, f"Csys + T*W*Cw = {a.Csys} + {t}*{a.W}*{a.Cw}", "Cnode", a.Cnode),
+        (t * a.W * a.Gw, f"T*W*Gw = {t}*{a.W}*{a.Gw}", "Gnode", a.Gnode),
+    ):
+        verdict = "holds" if left <= limit else "DOES NOT HOLD"
+        print(f"  {terms} = {left} {'<=' if left <= limit else '>'} {right} = {limit}: {verdict}")
+
+
+def cheaper(a, t, more_cpus, more_gpus):
+    """What to lower so that t trials fit on the same node: ", or CPUS_PER_WORKER=1"; empty if nothing alone is enough."""
+    Cw = (a.Cnode - a.Csys) // (t * a.W)  # the most CPUs per worker with which t trials fit
+    return f", or CPUS_PER_WORKER={Cw}" if more_cpus > 0 >= more_gpus and Cw >= 1 else ""
 
 
 def whole_number(low):
