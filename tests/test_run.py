@@ -301,7 +301,7 @@ def test_trials_that_fail_are_listed_with_their_cause_and_the_run_fails_if_all_d
     assert len(re.findall(r"TorchTrainer_\S+  FAILED     \S*Error: .*[Hh]eader", log)) == 2
     assert "ERROR: 2 of 2 trials ran, 2 failed" in log and "Best Trial Result" not in log
     (trace, _) = re.findall(r"full trace: (\S+)\)", log)
-    assert "Traceback" in Path(trace).read_text()
+    assert "in fine_tune" in Path(trace).read_text() and "header too large" in Path(trace).read_text()
     check_log(log, job_of(log))
     assert nothing_left(job_of(log))
 

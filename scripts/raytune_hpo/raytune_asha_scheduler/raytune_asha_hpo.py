@@ -17,6 +17,7 @@ right? nothing is started), and with --run-dir DIR (the search itself, on the Ra
 import argparse
 import difflib
 import json
+import logging
 import math
 import os
 import random
@@ -535,6 +536,7 @@ def search(s, run_dir):
         # it gives up, and the run waits for ever, unless it is told which is ours.
         environment["RAY_ADDRESS"] = address
     ray.init(**cluster, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment})
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's cause is told below, its trace is in error.txt
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # scancel: end at once, without the trace that Ray would print
     resources = ray.cluster_resources()
     use_gpu = s.GPUS_PER_WORKER > 0 and resources.get("GPU", 0) > 0
