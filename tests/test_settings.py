@@ -57,11 +57,18 @@ def test_a_misspelt_hyperparameter_is_refused_with_a_suggestion_and_a_right_one_
 @pytest.mark.parametrize("name", ["MODEL_NAME", "SQUAD_DATA"])
 def test_what_the_hub_does_not_deliver_is_one_line_before_ray_is_needed(name, demo, tmp_path):
     variables = {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), name: "no-such-owner/no-such-name"}
-    run = subprocess.run([sys.executable, SCRIPT, "--run-dir", tmp_path], env=os.environ | variables | {"HF_HUB_OFFLINE": "1"},
+    run = subprocess.run([sys.executable, SCRIPT, "--run-dir", tmp_path], env=os.environ | variables | {"HF_HUB_OFFLINE": "1", "RAY_ADDRESS": "127.0.0.1:1"},
                          text=True, check=False, capture_output=True, timeout=60)
     assert run.returncode == 2 and not list(tmp_path.iterdir())
     assert run.stderr.count("ERROR: ") == 1 and f"ERROR: {name}='no-such-owner/no-such-name' cannot be loaded: " in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_a_search_without_a_cluster_says_how_to_start_one(demo, tmp_path):
+    variables = {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+    run = subprocess.run([sys.executable, SCRIPT, "--run-dir", tmp_path], env=os.environ | variables, text=True, check=False, capture_output=True, timeout=60)
+    assert run.returncode == 2 and run.stdout == "" and not list(tmp_path.iterdir())
+    assert run.stderr.startswith("ERROR: RAY_ADDRESS is not set") and run.stderr.count("\n") == 1
 
 
 def run_head(exercise, **variables):

@@ -516,6 +516,9 @@ def search(s, run_dir):
 
     0 if every trial ran and at least one finished; trials that failed are listed with their cause. 1 otherwise.
     """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        raise InputError("RAY_ADDRESS is not set: the search needs a Ray cluster; start both with the head script (see --help)")
     os.environ.update(QUIETER_AND_FASTER)
     data = load_squad(s)
     say(f"data: {len(data[0])} training and {len(data[1])} validation questions as tokens, from {s.SQUAD_DATA}")
@@ -526,16 +529,11 @@ def search(s, run_dir):
 
     # Each worker node offers one trial_slot for each trial that it can hold (worker_capacity.py), and each trial takes
     # one: so a trial that is RUNNING has its resources, and nodes that come or go change the number in flight.
-    address = os.environ.get("RAY_ADDRESS")
-    cluster = {"address": address} if address else {
-        "num_cpus": s.WORKERS_PER_TRIAL * s.CPUS_PER_WORKER, "resources": {"trial_slot": 1}, "include_dashboard": False,
-    }
-    environment = QUIETER_AND_FASTER.copy()
-    if address:
-        # The process that frees a stopped trial's resources looks for "the" Ray of its node. With two runs' Rays on one node
-        # it gives up, and the run waits for ever, unless it is told which is ours.
-        environment["RAY_ADDRESS"] = address
-    ray.init(**cluster, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment})
+
+    # The process that frees a stopped trial's resources looks for "the" Ray of its node. With two runs' Rays on one node it
+    # gives up, and the run waits for ever, unless RAY_ADDRESS tells it which is ours.
+    environment = QUIETER_AND_FASTER | {"RAY_ADDRESS": address}
+    ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment})
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's cause is told below, its trace is in error.txt
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # scancel: end at once, without the trace that Ray would print
     resources = ray.cluster_resources()
