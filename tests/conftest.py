@@ -13,6 +13,7 @@ REPO = Path(__file__).resolve().parent.parent
 EXERCISE = REPO / "experiments/raytune/scheduler/asha"
 SCRIPT = REPO / "scripts/raytune_hpo/raytune_asha_scheduler/raytune_asha_hpo.py"
 HEAD = "head_node_raytune_asha_hpo.slurm"
+sys.path.insert(0, str(REPO / "scripts/raytune_hpo"))  # the tools import one another from there
 
 
 def wait_for(condition, seconds, what):

@@ -1,6 +1,7 @@
 """The exercise as a student runs it: real Slurm or none, real Ray, real DeepSpeed training; then its log is read."""
 
 import ast
+import csv
 import glob
 import json
 import math
@@ -19,8 +20,7 @@ SPACE = {"LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "BS_CHOICES": "2 4", "WD_CHOICE
 SMALL = {"TRAIN_SAMPLES": "32", "EVAL_SAMPLES": "16"}
 
 
-@pytest.fixture
-def course(tmp_path):
+def copy_of_the_course(tmp_path):
     """The exercise's folder in a copy of the repository."""
     for folder in ("scripts", "experiments", "tests"):
         shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("runs", "*.out", "__pycache__"))
@@ -28,6 +28,11 @@ def course(tmp_path):
         shutil.copy(REPO / file, tmp_path)
     (tmp_path / ".venv").symlink_to(REPO / ".venv")
     return tmp_path / EXERCISE.relative_to(REPO)
+
+
+@pytest.fixture
+def course(tmp_path):
+    return copy_of_the_course(tmp_path)
 
 
 class Cluster:
@@ -62,17 +67,29 @@ def cluster(slurm, course):
     return Cluster(slurm, course)
 
 
-def processes(*jobs):
-    """Command lines of all processes that belong to these jobs' Ray: their environment names run folder, role and job."""
-    marks = tuple(f" {role} {job}".encode() for job in jobs for role in ("head", "worker"))
+def pids(*marks):
+    """Processes that belong to a job: their environment names run folder, role and job; marks are " role job"."""
+    ends = tuple(mark.encode() for mark in marks)
     found = []
     for environ in glob.glob("/proc/[0-9]*/environ"):
         try:
-            if any(entry.startswith(b"HPO_OWNER=") and entry.endswith(marks) for entry in Path(environ).read_bytes().split(b"\0")):
-                found.append(Path(environ).with_name("cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
+            if any(entry.startswith(b"HPO_OWNER=") and entry.endswith(ends) for entry in Path(environ).read_bytes().split(b"\0")):
+                found.append(int(environ.split("/")[2]))
         except OSError:  # ended meanwhile
             continue
     return found
+
+
+def command_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    except OSError:
+        return ""
+
+
+def processes(*jobs):
+    """Command lines of all processes of these jobs' Ray."""
+    return [command_of(pid) for pid in pids(*(f" {role} {job}" for job in jobs for role in ("head", "worker")))]
 
 
 def nothing_left(*jobs):
@@ -136,8 +153,20 @@ def check_results(log, run_dir, trials, epochs):
     return reports
 
 
-def test_the_exercise_on_the_sandbox(cluster, demo, squad):
-    """Twelve trials on one worker node that holds four: submitted, watched, read like a student would."""
+def seconds_of(record):
+    """Start and end of a job by Slurm's record, in s."""
+    return [time.mktime(time.strptime(record[key], "%Y-%m-%dT%H:%M:%S")) for key in ("StartTime", "EndTime")]
+
+
+def fill_tables(*arguments):
+    tool = [REPO / ".venv/bin/python", REPO / "scripts/raytune_hpo/fill_tables.py", *arguments]
+    return subprocess.run(tool, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+@pytest.fixture(scope="module")
+def whole_run(slurm, demo, squad, tmp_path_factory):
+    """Twelve trials on one worker node that holds four: submitted, and watched to its end. -> (cluster, job, token)"""
+    cluster = Cluster(slurm, copy_of_the_course(tmp_path_factory.mktemp("course")))
     job = cluster.submit(**SPACE, **SMALL, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad))
     names = wait_for(lambda: (q := cluster("squeue", "--noheader", "--format=%j %N %T").splitlines()) and len(q) == 2 and q, 60, "head and worker in squeue")
     assert {name.split()[0] for name in names} == {"ray_head_bloom_5epochs", "ray_worker_bloom_5epochs"}
@@ -145,9 +174,15 @@ def test_the_exercise_on_the_sandbox(cluster, demo, squad):
     assert wait_for(lambda: (run_dir / "token").exists() and (run_dir / "token").stat().st_mode & 0o777, 60, "the token") == 0o600
     token = (run_dir / "token").read_text()
     assert cluster.wait_for_end(job, 900)["JobState"] == "COMPLETED", cluster.log(job)
+    return cluster, job, token, [cluster.job(each) for each in (job, *cluster.workers(job))]  # Slurm forgets in five minutes
+
+
+def test_the_exercise_on_the_sandbox(whole_run):
+    """Read like a student would."""
+    cluster, job, token, (record, end) = whole_run
+    run_dir = cluster.folder / "runs" / job
     log = cluster.log(job)
     (worker,) = cluster.workers(job)
-    end = cluster.wait_for_end(worker, 10)
     assert end["JobState"] == "COMPLETED" and end["NodeList"] == "worker1"
 
     check_log(log, job)
@@ -162,14 +197,16 @@ def test_the_exercise_on_the_sandbox(cluster, demo, squad):
         assert log.count(f"{name}  epoch ") == len(reported)
         assert f"{name}  {'finished   all epochs' if len(reported) == 5 else f'stopped    by ASHA after epoch {len(reported)}'}" in log
 
-    # The tables that the run has filled in, and the tool's from the log: start, finish and total are Slurm's own.
+    # The tables that the run has filled in, and the tool's from the log: start, finish, total and costs are Slurm's own.
     assert "tables and pictures could not be made" not in log
-    tool = [REPO / ".venv/bin/python", REPO / "scripts/raytune_hpo/fill_tables.py", cluster.folder / f"logs/ray_head_bloom_5epochs-{job}.out"]
-    told = subprocess.run([*tool, "--json", cluster.folder / "run.json"], check=True, capture_output=True, text=True).stdout
-    record = cluster.job(job)
-    seconds = [time.mktime(time.strptime(record[key], "%Y-%m-%dT%H:%M:%S")) for key in ("StartTime", "EndTime")]
-    said = [time.mktime(time.strptime(day, "%Y-%m-%d %H:%M:%S")) for day in re.findall(r"=====.*?(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)", log)]
+    told = fill_tables(cluster.folder / f"logs/ray_head_bloom_5epochs-{job}.out", "--json", cluster.folder / "run.json")
+    (found,) = json.loads((cluster.folder / "run.json").read_text())
+    seconds, held = seconds_of(record), seconds_of(end)
+    said = [time.mktime(time.strptime(found[key], "%Y-%m-%d %H:%M:%S")) for key in ("start", "finish")]
     assert abs(said[0] - seconds[0]) <= 1 and abs(said[1] - seconds[1]) <= 1
+    assert found["total_time_s"] == said[1] - said[0]
+    assert found["totals"]["allocated_min"] * 60 == pytest.approx(4 * (held[1] - held[0]), abs=1)  # four slots
+    assert "by Slurm's record of the worker jobs" in told
     for table in (told, (run_dir / "tables.md").read_text()):
         for name, reported in reports.items():
             cells = [cell.strip() for cell in next(line for line in table.splitlines() if line.startswith(f"| {int(name[-5:])} |")).split("|")]
@@ -179,11 +216,63 @@ def test_the_exercise_on_the_sandbox(cluster, demo, squad):
 
     # Workers left when they were told to, and nothing is left.
     told = (run_dir / "shutdown.txt").stat().st_mtime
-    left = time.mktime(time.strptime(end["EndTime"], "%Y-%m-%dT%H:%M:%S"))
-    assert left - told < 5
+    assert held[1] - told < 5
     assert nothing_left(job, worker)
     assert not (run_dir / "token").exists()
     assert token not in log + cluster.log(worker, "worker") and "START" in cluster.log(worker, "worker") and "FINISH" in cluster.log(worker, "worker")
+
+
+def test_the_manual_grid_goes_on_after_three_interruptions_and_is_compared_with_the_search(whole_run, demo, squad):
+    """Twelve combinations on the sandbox: cancelled, its training killed, and killed with its script; then submitted again."""
+    asha, asha_job, *_ = whole_run
+    manual = Cluster(asha.environ, asha.folder.parents[2] / "manual")
+    grid = manual.folder / "bloom_hpo_manual.slurm"
+    grid.write_text(grid.read_text().replace("(1e-5 2e-4 5e-6)", "(1e-3 3e-3 1e-2)").replace("(1 2) ", "(2 4) "))
+    results = lambda: [row for file in manual.folder.glob("results-*.csv") for row in csv.DictReader(file.open())]
+    log = lambda job: path.read_text() if (path := manual.folder / f"logs/bloom_hpo_manual-{job}.out").exists() else ""
+    jobs = []
+
+    def submit(rows):
+        """One more job of the grid, until it has this many rows in all and trains the next."""
+        jobs.append(manual("sbatch", "--parsable", grid.name, **SMALL, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad)).strip())
+        wait_for(lambda: len(results()) >= rows and trainers(jobs[-1]), 180, f"{rows} rows")
+        return jobs[-1]
+
+    def trainers(job):
+        return [pid for pid in pids(f" manual {job}") if "bloom_hpo_manual.py" in command_of(pid)]
+
+    job = submit(1)
+    manual("scancel", job)
+    assert manual.wait_for_end(job, 60)["JobState"] == "CANCELLED" and "FINISH" in log(job)
+    job = submit(3)
+    for pid in trainers(job):  # as the OOM killer does: this combination fails, the next ones go on
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: "FAILED " in log(job), 60, "the combination that failed")
+    wait_for(lambda: len(results()) >= 5, 120, "the next combinations")
+    manual("scancel", "--signal=KILL", "--full", job)
+    manual.wait_for_end(job, 60)
+    wait_for(lambda: not pids(f" manual {job}"), 30, "processes of the killed job to be gone")
+    job = submit(6)
+    assert manual.wait_for_end(job, 400)["JobState"] == "COMPLETED", log(job)
+
+    found = results()
+    assert len(found) == 12
+    assert {(float(row["lr"]), int(row["per_device_bs"]), float(row["wd"])) for row in found} == {
+        (lr, bs, wd) for lr in (1e-3, 3e-3, 1e-2) for bs in (2, 4) for wd in (0.0, 0.01)}
+    assert sum(log(job).count("RESULT ") for job in jobs) == 12  # none trained to its end twice
+    assert re.search(rf"===== JOB {job} FINISH : .* =====\n\Z", log(job)) and "lr,per_device_bs,wd,eval_loss" in log(job)
+
+    # The comparison of the two: the same settings, so it is one; the cheaper one is told.
+    logs = [manual.folder / f"logs/bloom_hpo_manual-{job}.out", asha.folder / f"logs/ray_head_bloom_5epochs-{asha_job}.out"]
+    table = fill_tables("--compare", *logs)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["run type", "eval loss", "runtime", "number of GPUs", "GPU-minutes", "cost ratio Ray/manual"]
+    assert float(rows[2][1]) == pytest.approx(min(float(row["eval_loss"]) for row in found), rel=1e-4)
+    assert float(rows[3][1]) == pytest.approx(best_of(asha.log(asha_job))["eval_loss"], rel=1e-4)
+    assert "the runs are comparable" in table and "NOT COMPARABLE" not in table
+    spent = sum(float(row["runtime_s"]) for row in found) / 60
+    cost = [float(row[4].split()[0]) for row in rows[2:]]
+    assert cost[0] >= spent - 0.06 and float(rows[3][5]) == pytest.approx(cost[1] / cost[0], rel=0.02)
 
 
 def test_both_worker_nodes_run_trials_and_what_earlier_runs_left_has_no_effect(cluster, demo, squad):
@@ -313,11 +402,14 @@ def test_a_trial_that_diverges_ends_at_once_and_the_others_go_on(course, demo):
     line = '            "lr": tune.loguniform(s.LR_LOWER, s.LR_UPPER),'
     assert text.count(line) == 1
     script.write_text(text.replace(line, '            "lr": tune.grid_search([math.inf, 1e-2]),'))
+    (script.parents[1] / "fill_tables.py").write_text("raise SystemExit('no tables today')\n")  # costs a line, not the run
     variables = SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "NUM_SAMPLES": "1", "NUM_EPOCHS": "2"}
     status, log = quickstart(course, **variables)
     assert status == 0
     assert len(re.findall(r"TorchTrainer_\S+  ended      diverged at epoch 1", log)) == 1
     assert len(re.findall(r"TorchTrainer_\S+  finished   all epochs", log)) == 1
+    (told,) = re.findall(r"tables and pictures could not be made \(see (\S+)\); the results are complete", log)
+    assert Path(told).read_text() == "no tables today\n"
     assert math.isfinite(best_of(log)["eval_loss"]) and best_of(log)["config"]["train_loop_config"]["lr"] == 1e-2
 
 

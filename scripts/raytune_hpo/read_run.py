@@ -1,0 +1,475 @@
+"""Reads what a run has written: the log of a head job, its run folder, or the log of the manual grid -> Run.
+
+Used by fill_tables.py. The standard library only. Text of a log is never evaluated as code.
+"""
+
+import ast
+import csv
+import datetime
+import itertools
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TITLES = {"lr": "learning rate", "per_device_bs": "batch size", "wd": "weight decay"}  # the exercise's column names
+GRID_CSV = "lr,per_device_bs,wd,eval_loss,epoch,runtime_s"  # the first line of the manual grid's CSV
+MAX_BYTES = 200_000_000  # of a log; a real one has some 10 kB
+BANNER = re.compile(r"===== JOB (\S+) (START|FINISH) *: (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) ?(.*?) =====")
+CLOCK = re.compile(r"(\d\d):(\d\d):(\d\d) (\S+)(?: \S+)? \| (.*)")
+EVENT = re.compile(r"(\S.*?)  (started|epoch|stopped|finished|ended|FAILED)(?: +(.*))?$")
+REPORT = re.compile(r"(\d+(?:\.\d+)?)/\d+ +eval_loss (\S+)")
+JOINED = re.compile(r"worker \d+/\d+ joined: job (\S+) on .*?\d+ CPUs, (\d+) GPUs, (\d+) trial")
+HELD = re.compile(r"worker job (\S+) held its node for (\d+) s")
+CLUSTER = re.compile(r"cluster: (\d+(?:\.\d+)?) trial\(s\) at once, (\d+) workers each, on (GPUs|CPUs)")
+SETTING = re.compile(r"  ([A-Z][A-Z0-9_]*) +(\S.*)?$")
+MANUAL = re.compile(r"(RESULT|FAILED) ((?:[\w.]+=\S+ ?)+)(?:: (.*))?$")
+NOT_TEXT = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # colours and control characters
+
+
+class NotALog(Exception):
+    """The input cannot be read as a log of this exercise; the message is one line that says why and what to give."""
+
+
+@dataclass
+class Trial:
+    """One trial. Seconds count from the job's START."""
+
+    name: str
+    params: dict = field(default_factory=dict)
+    reports: list = field(default_factory=list)  # (epoch, eval_loss), as they came
+    status: str = ""  # finished, stopped by ASHA, diverged, FAILED, running, pending, cut off (by the job's end)
+    cause: str = ""
+    runtime: float = None  # s, as Ray counted it; None: not in the log
+    start: float = None
+    end: float = None
+    last: float = None  # eval_loss of the boxed table
+    epochs: int = 0
+    at: dict = field(default_factory=dict)  # epoch -> s from the trial's start to its report
+    id: str = ""
+
+    def finite(self):
+        """[(loss, epoch)] of all reports that are numbers."""
+        seen = self.reports or ([(self.epochs, self.last)] if self.last is not None else [])
+        return [(loss, epoch) for epoch, loss in seen if math.isfinite(loss)]
+
+    def best(self):
+        """The lowest reported loss, or None."""
+        return min(self.finite())[0] if self.finite() else None
+
+    def seconds(self, now):
+        """Runtime in seconds: Ray's, else by the clock of the log's lines (to 1 s) up to `now`; None: not started."""
+        if self.runtime is not None:
+            return self.runtime
+        return None if self.start is None else (now if self.end is None else self.end) - self.start
+
+
+@dataclass
+class Run:
+    """What a log says."""
+
+    source: str
+    job: str = "?"
+    start: datetime.datetime = None
+    finish: datetime.datetime = None
+    zones: tuple = ("", "")
+    now: float = 0.0  # s from START to FINISH, or to the last line with a time
+    settings: dict = field(default_factory=dict)
+    trials: dict = field(default_factory=dict)  # by name
+    best: dict = None  # eval_loss, epoch, time_total_s, params
+    nodes: list = field(default_factory=list)  # (s of joining, GPUs, trials at once, worker job)
+    held: dict = field(default_factory=dict)  # worker job -> s from its start to its end, by Slurm's record
+    slots: float = None  # trials at once, of the line "cluster:"
+    cluster_at: float = 0.0
+    on_gpus: bool = False
+    manual_gpus: int = None  # of the line "GPUs:" of a manual grid
+    manual: bool = False
+    exit_status: int = 0
+    has_table: bool = False
+    notes: list = field(default_factory=list)
+
+    def number(self, name, default):
+        """A setting that is a whole number."""
+        text = self.settings.get(name, "")
+        return int(text) if re.fullmatch(r"\d{1,9}", text) else default
+
+    def state(self):
+        """In words: complete, or why not."""
+        if self.finish is None:
+            return "partial: the job has not finished"
+        if self.exit_status:
+            why = {143: "cancelled, or at its time limit", 130: "interrupted"}.get(self.exit_status, "failed")
+            return f"partial: the job ended early ({why}, exit status {self.exit_status})"
+        return "complete" if self.has_table or self.manual else "partial: the job ended without a table of trials"
+
+
+# ======================================================================================================================
+# Reading
+# ======================================================================================================================
+def read_text(path):
+    """A log as clean lines. Raises NotALog if it is missing, empty, binary or huge."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise NotALog(f"{path}: larger than {MAX_BYTES // 10**6} MB, so not the log of a search; give logs/ray_head_*.out")
+        data = path.read_bytes()
+    except OSError as error:
+        raise NotALog(f"{path}: cannot be read ({error.strerror}); give a log such as logs/ray_head_bloom_5epochs-12345.out") from None
+    if not data.strip():
+        raise NotALog(f"{path}: is empty; wait until the job has started, or give another log")
+    if b"\0" in data:
+        raise NotALog(f"{path}: is binary, not a log; give a log such as logs/ray_head_bloom_5epochs-12345.out")
+    text = data.decode("utf-8-sig", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
+    return [NOT_TEXT.sub("", line).rstrip() for line in text.split("\n")]
+
+
+def value_of(text):
+    """A table's cell: int, float (also nan, inf), None for nothing, else the text."""
+    text = text.strip()
+    if text in ("", "None"):
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text) if len(text) < 40 and "_" not in text else text
+        except ValueError:
+            pass
+    return text
+
+
+def number_or(value, default=None):
+    """value if it is a number, else default."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else default
+
+
+def finite_or_none(value):
+    """value if it is a finite number, else None."""
+    return value if number_or(value) is not None and math.isfinite(value) else None
+
+
+def cells_of(block):
+    """A boxed table's lines -> (header, rows), lists of stripped cells; ([], []) if it is none.
+
+    Reads Ray's two forms: columns between bars, and columns between spaces inside one frame. Lines that belong to one
+    row (a header or a cell broken over two lines) are joined without a space.
+    """
+    frame = [line for line in block if not set(line) - set("+-=|─│╭╮╰╯├┤┬┴┼╞╡═╪╤╧ ")]
+    known = set(frame)
+    lines = [line for line in block if line[0] in "|│" and line not in known and len(line) == len(block[0])]
+    if not frame or not lines:
+        return [], []
+    edges = [i for i, char in enumerate(frame[0]) if char in "+┬╤"]
+    if len(edges) > 2:
+        cut = list(itertools.pairwise(edges))
+    else:  # no bars between columns: a column ends where all lines have two blanks
+        full = "".join(" " if all(line[i] == " " for line in lines) else "x" for i in range(len(lines[0])))[1:-1]
+        cut = [(m.start(), m.end() + 1) for m in re.finditer(r"x+( x+)*", full)]
+    second = block.index(frame[1], block.index(frame[0]) + 1) if len(frame) > 1 else len(block)
+    rows = [[""] * len(cut)]  # the header first
+    for number, line in enumerate(block):
+        if line in known or line[0] not in "|│" or len(line) != len(block[0]):
+            continue  # the frame, or a line that is not written to its end yet
+        row = [line[a + 1 : b].strip() for a, b in cut]
+        if number < second or (len(rows) > 1 and not any(row[1:2])):  # no status: the rest of the row above
+            rows[-1] = [above + below for above, below in zip(rows[-1], row)]
+        else:
+            rows.append(row)
+    return rows[0], rows[1:]
+
+
+def uncut(text, names):
+    """The one of names that a text cut with dots at its start or end stands for; else the text's last part."""
+    bare = text.replace("…", "...")
+    if bare.startswith("..."):
+        tail = bare[3:].rsplit("/", 1)[-1]
+        found = [name for name in names if name.endswith(tail) and (tail == name or "/" not in bare)]
+        found = found or [name for name in names if name.endswith(tail)]
+    elif bare.endswith("..."):
+        head = bare[:-3].rsplit("/", 1)[-1]
+        found = [name for name in names if name.startswith(head)] if head else []
+    else:
+        return text.rsplit("/", 1)[-1]
+    return found[0] if len(found) == 1 else bare.rsplit("/", 1)[-1] if "/" in bare else text
+
+
+def read_table(run, block, known):
+    """Puts a boxed table of trials into run.trials. Another table (Ray's list of errors) is left out. -> was it one?"""
+    header, rows = cells_of(block)
+    plain = [re.sub(r"\s", "", title).lower() for title in header]
+    if "trialname" not in plain or "status" not in plain:
+        return False
+    metrics = [i for i, title in enumerate(plain) if title in ("iter", "totaltime(s)", "eval_loss")]
+    names = list(dict.fromkeys([*(key for trial in known.values() for key in trial.params), *TITLES]))
+    columns = {i: uncut(header[i], names) for i in range(len(header))
+               if plain[i] not in ("trialname", "status", "loc") and i < min(metrics, default=len(header))}
+    if len(set(columns.values())) < len(columns):  # two of one last part: keep their whole names
+        columns = {i: header[i] for i in columns}
+    for row in rows:
+        cell = dict(zip(plain, row))
+        name = cell["trialname"]
+        if name not in known and ("..." in name or "…" in name):
+            bare = name.replace("…", "...")
+            found = [full for full in known if full.endswith(bare.split("...")[-1]) and full.startswith(bare.split("...")[0])]
+            name = found[0] if len(found) == 1 else name
+        trial = run.trials.setdefault(name, known.get(name) or Trial(name))
+        trial.params |= {columns[i]: value_of(row[i]) for i in columns}
+        epochs = value_of(cell.get("iter", ""))
+        epochs = epochs if isinstance(epochs, int) else 0
+        if epochs >= trial.epochs:  # a table in the middle of the log may be older than the reports
+            trial.epochs = epochs
+            trial.last = number_or(value_of(cell.get("eval_loss", "")))
+            trial.runtime = finite_or_none(value_of(cell.get("totaltime(s)", "")))
+        if trial.status in ("", "running", "pending", "paused"):
+            trial.status = {"ERROR": "FAILED", "TERMINATED": "ended"}.get(cell["status"], cell["status"].lower())
+    return True
+
+
+def read_event(run, name, what, rest, second):
+    """Puts one line about a trial into run.trials."""
+    if name.startswith("FAILED "):
+        return  # the list at the end; the trial's own line came before
+    trial = run.trials.setdefault(name, Trial(name))
+    if what == "started":
+        trial.start = second
+        words = re.split(r"\s{2,}", rest or "")
+        trial.params |= {key: value_of(value) for key, _, value in (word.partition(" ") for word in words if word)}
+    elif what == "epoch":
+        if report := REPORT.match(rest or ""):
+            trial.reports.append((float(report[1]), float(number_or(value_of(report[2]), math.nan))))
+            trial.epochs = max(trial.epochs, round(float(report[1])))
+            trial.at[float(report[1])] = None if trial.start is None else second - trial.start
+    else:
+        trial.end = second
+        trial.status = {"finished": "finished", "stopped": "stopped by ASHA", "ended": "diverged"}.get(what, "FAILED")
+        if what == "FAILED":
+            trial.cause = rest or ""
+        elif what == "ended":
+            trial.cause = (rest or "").removeprefix("diverged ") + ": the loss was no number any more"
+
+
+def read_manual(run, kind, words, cause):
+    """Puts a RESULT or FAILED line of the manual grid into run.trials; a combination that ran twice counts once."""
+    values = {key: value_of(value) for key, _, value in (word.partition("=") for word in words.split())}
+    loss, epoch, runtime = (finite_or_none(values.pop(key, None)) for key in ("eval_loss", "epoch", "runtime_s"))
+    name = " ".join(f"{key}={value}" for key, value in values.items())
+    trial = run.trials.setdefault(name, Trial(name))
+    trial.params |= values
+    trial.status, trial.cause, trial.runtime = "finished" if kind == "RESULT" else "FAILED", cause or "", runtime
+    trial.last = loss
+    if loss is not None and not trial.reports:
+        trial.reports = [(epoch or 0, loss)]
+    trial.epochs = max(trial.epochs, run.number("NUM_EPOCHS", epoch or 0)) if kind == "RESULT" else trial.epochs
+    run.manual = True
+
+
+def read_best(text):
+    """The line under "Best Trial Result:" as {"eval_loss", "epoch", "time_total_s", "params"}, or None."""
+    try:
+        found = ast.literal_eval(text) if len(text) < 20_000 else None
+        params = found["config"].get("train_loop_config", found["config"])
+        best = {key: finite_or_none(found.get(key)) for key in ("eval_loss", "epoch", "time_total_s")}
+        return best | {"params": dict(params)} if best["eval_loss"] is not None else None
+    except (ValueError, SyntaxError, TypeError, KeyError, AttributeError, RecursionError, MemoryError):
+        return None
+
+
+def parse_log(path):
+    """The log of a head job or of the manual grid as a Run. Raises NotALog."""
+    lines = read_text(path)
+    run, earlier, block, in_settings, ours, role = Run(str(path)), {}, [], False, False, ""
+    midnight, clock = 0, None
+    for number, line in enumerate([*lines, ""]):
+        boxed = line[:1] in ("+", "|", "╭", "│", "├", "╰", "╞") and (block or line[0] in "+╭")
+        if block and not (boxed and not (line[0] in "+╭" and block[-1][0] in "+╰")):  # it ends, or the next one begins
+            if read_table(run, block, earlier | run.trials):
+                run.has_table = ours = True
+            block = []
+        if boxed:
+            block.append(line)
+            continue
+        if banner := BANNER.search(line):
+            try:
+                moment = datetime.datetime.fromisoformat(banner[3])
+            except ValueError:
+                continue
+            if banner[2] == "START":
+                if run.start:  # Slurm has run the job again: the newest counts
+                    earlier |= {name: trial for name, trial in run.trials.items()}
+                    for trial in earlier.values():
+                        trial.start = trial.end = None
+                    run = Run(str(path), notes=["the log holds several runs of the job; this is the last one"])
+                run.job, run.start, run.zones = banner[1], moment, (banner[4], banner[4])
+                midnight, clock = 0, None
+            elif run.start:
+                run.finish, run.zones = moment, (run.zones[0], banner[4])
+        elif stamped := CLOCK.match(line):
+            role, text = stamped[4], stamped[5]
+            second = int(stamped[1]) * 3600 + int(stamped[2]) * 60 + int(stamped[3])
+            if clock is None:
+                first = run.start.hour * 3600 + run.start.minute * 60 + run.start.second if run.start else second
+                clock = first
+            if second + midnight - clock < -43200:
+                midnight += 86400
+            clock = max(clock, second + midnight)
+            run.now = clock - first
+            ours = ours or role in ("search", "head", "manual")
+            in_settings = "settings" in text and text.rstrip().endswith(":")
+            if role in ("search", "manual"):
+                if event := EVENT.match(text):
+                    read_event(run, event[1], event[2], event[3], run.now)
+                    if role == "manual":  # the name is the combination
+                        words = (word.partition("=") for word in event[1].split())
+                        run.trials[event[1]].params |= {key: value_of(value) for key, _, value in words}
+                elif cluster := CLUSTER.match(text):
+                    run.slots, run.on_gpus, run.cluster_at = float(cluster[1]), cluster[3] == "GPUs", run.now
+            elif joined := JOINED.search(text):
+                run.nodes.append((run.now, int(joined[2]), int(joined[3]), joined[1]))
+            elif held := HELD.search(text):
+                run.held[held[1]] = int(held[2])
+            elif ended := re.match(r"ended with exit status (\d+)", text):
+                run.exit_status = int(ended[1])
+        elif in_settings and (setting := SETTING.match(line)):
+            run.settings[setting[1]] = (setting[2] or "").strip()
+        elif line.startswith("Best Trial Result:"):
+            following = next((text for text in lines[number + 1 : number + 4] if text), "")
+            run.best = read_best(following) or run.best
+        elif result := MANUAL.match(line):
+            read_manual(run, result[1], result[2], result[3])
+            ours = True
+        elif line == GRID_CSV:  # the grid's file at the end of its log: also results of earlier jobs
+            for row in csv.DictReader([line, *itertools.takewhile(re.compile(r"[\d.e+-]+,\d").match, lines[number + 1 :])]):
+                read_manual(run, "RESULT", " ".join(f"{key}={value}" for key, value in row.items() if key and value), "")
+        elif gpus := re.match(r"GPUs: (\d+)$", line):
+            run.manual_gpus = int(gpus[1])
+    if role == "worker" and not ours:
+        raise NotALog(f"{path}: is the log of a worker job; give the head's, logs/ray_head_bloom_5epochs-<jobid>.out")
+    if not ours and not run.start:
+        raise NotALog(f"{path}: is not the log of a search (no START line, no table of trials); give logs/ray_head_bloom_5epochs-<jobid>.out")
+    run.manual = run.manual or role == "manual"
+    return settle(run)
+
+
+def parse_csv(path):
+    """The CSV of the manual grid (lr, per_device_bs, wd, eval_loss, epoch, runtime_s) as a Run. Raises NotALog."""
+    run = Run(str(path), job=path.stem, manual=True, notes=["a CSV has no START and FINISH, no settings and no number of GPUs"])
+    for row in csv.DictReader(line for line in read_text(path) if line):
+        if not {"lr", "eval_loss", "runtime_s"} <= set(row):
+            raise NotALog(f"{path}: is not the CSV of the manual grid (columns lr, per_device_bs, wd, eval_loss, epoch, runtime_s)")
+        read_manual(run, "RESULT", " ".join(f"{key}={value}" for key, value in row.items() if key and value), "")
+    return settle(run)
+
+
+def parse_folder(folder):
+    """A run folder (runs/<jobid>) as a Run: values from tune/*/result.json, the rest from the job's log if it is there.
+
+    Raises NotALog if the folder holds no trial.
+    """
+    log = folder.resolve().parent.parent / "logs" / f"ray_head_bloom_5epochs-{folder.resolve().name}.out"
+    run = parse_log(log) if log.is_file() else Run(str(folder), job=folder.resolve().name)
+    found = sorted(folder.glob("tune/*/params.json"))
+    if not found:
+        raise NotALog(f"{folder}: is no run folder (no tune/<trial>/params.json in it); give runs/<jobid>, or a log")
+    run.source = str(folder)
+    if not log.is_file():
+        run.notes.append(f"without the log {log.name}: no job times, and ends are told by the number of epochs")
+    for path in found:
+        trial = run.trials.setdefault(path.parent.name, Trial(path.parent.name))
+        try:
+            params = json.loads(path.read_text(encoding="utf-8"))
+            result = path.with_name("result.json")
+            text = result.read_text(encoding="utf-8") if result.is_file() else ""
+            rows = [json.loads(line) for line in text.split("\n") if line.endswith("}")]  # not one half written
+            trial.params = dict(params.get("train_loop_config", params))
+            trial.reports = [(float(row["epoch"]), float(row["eval_loss"])) for row in rows if "eval_loss" in row]
+            if rows:
+                trial.last, trial.epochs, trial.runtime = trial.reports[-1][1], rows[-1]["training_iteration"], rows[-1]["time_total_s"]
+                trial.at = {float(row["epoch"]): row["time_total_s"] for row in rows}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            run.notes.append(f"{path.parent.name}: its results cannot be read ({type(error).__name__}); values are those of the log")
+        error_file = path.with_name("error.txt")
+        if error_file.is_file() and not trial.cause:
+            lines = [line.strip() for line in error_file.read_text(errors="replace").split("\n") if line.strip()]
+            trial.status, trial.cause = "FAILED", NOT_TEXT.sub("", lines[-1])[:200] if lines else "unknown"
+        if not log.is_file():
+            trial.status = trial.status or "ended"
+    return settle(run)
+
+
+def parse(text):
+    """An input of the command line as a Run. Raises NotALog."""
+    path = Path(text)
+    return parse_folder(path) if path.is_dir() else parse_csv(path) if path.suffix == ".csv" else parse_log(path)
+
+
+def settle(run):
+    """Fills in what follows from the rest: ends, numbers and order of trials, the best result, the job's seconds."""
+    if run.finish:
+        run.now = (run.finish - run.start).total_seconds()
+        if run.zones[0] != run.zones[1]:
+            offsets = [re.fullmatch(r"([+-]\d\d):?(\d\d)?", zone) for zone in run.zones]
+            if all(offsets):
+                minutes = [int(o[1]) * 60 + int(o[1][0] + (o[2] or "0")) for o in offsets]
+                run.now -= (minutes[1] - minutes[0]) * 60
+            else:
+                run.notes.append(f"the clock was changed while the job ran ({run.zones[0]} to {run.zones[1]}): times may be an hour off")
+    trials = list(run.trials.values())
+    full = run.number("NUM_EPOCHS", max((trial.epochs for trial in trials), default=0))
+    for trial in trials:
+        losses = [loss for _, loss in trial.reports] or ([trial.last] if trial.last is not None else [])
+        if trial.status == "ended":
+            bad = losses and not math.isfinite(losses[-1])
+            trial.status = "diverged" if bad else "finished" if trial.epochs >= full else "stopped by ASHA"
+            trial.cause = trial.cause or (f"at epoch {trial.epochs}: the loss was no number any more" if bad else "")
+        elif trial.status in ("", "running", "pending", "paused"):
+            waiting = trial.status in ("pending", "paused") and trial.start is None
+            ended = "not started" if waiting else "cut off"
+            trial.status = ended if run.finish else "pending" if waiting else "running"
+        trial.last = trial.last if trial.last is not None or not losses else losses[-1]
+        if trial.status in ("running", "cut off") and trial.start is not None:
+            trial.runtime = None  # the table's is older than the log's last line
+    digits = [re.search(r"_(\d+)$", trial.name) for trial in trials]
+    numbers = [int(match[1]) for match in digits if match]
+    numbered = len(set(numbers)) == len(trials) and not run.manual
+    for position, trial in enumerate(trials):
+        trial.id = str(numbers[position] if numbered else position)
+    run.trials = {trial.name: trial for trial in sorted(trials, key=lambda trial: int(trial.id))}
+    settle_best(run)
+    return run
+
+
+def settle_best(run):
+    """The best result: the log's own line, else the lowest loss of all reports of trials that did not fail."""
+    candidates = [(*min(t.finite()), t) for t in run.trials.values() if t.finite() and t.status != "FAILED"]
+    best = min(candidates, key=lambda c: c[0], default=None)
+    if run.best:
+        def same(a, b):
+            number = isinstance(a, (int, float)) and isinstance(b, (int, float))
+            return math.isclose(a, b, rel_tol=1e-2) if number else str(a) == str(b)
+
+        near = [t for loss, _, t in candidates if math.isclose(loss, run.best["eval_loss"], rel_tol=1e-4, abs_tol=1e-5)]
+        near = [t for t in near if all(same(v, run.best["params"].get(k)) for k, v in t.params.items())] or near
+        run.best["trial"] = near[0] if near else None
+    elif best:
+        loss, epoch, trial = best
+        seconds = trial.runtime if epoch == trial.epochs and trial.runtime is not None else trial.at.get(epoch)
+        run.best = {"eval_loss": loss, "epoch": epoch, "time_total_s": seconds, "params": trial.params, "trial": trial}
+
+
+def trials_at_once(run):
+    """Trials in flight: what the nodes offered, else what the log shows, at least 1."""
+    edges = sorted((edge, step) for t in run.trials.values() if t.start is not None
+                   for edge, step in ((t.start, 1), (run.now if t.end is None else t.end, -1)))
+    running = most = 0
+    for _, step in edges:
+        running += step
+        most = max(most, running)
+    return int(sum(slots for _, _, slots, _ in run.nodes) or run.slots or most or 1)
+
+
+def further_names(runs):
+    """Names of hyperparameters beyond the exercise's three, in order of appearance."""
+    return list(dict.fromkeys(name for run in runs for t in run.trials.values() for name in t.params if name not in TITLES))
+
+
+def show(value):
+    """A value for a table: six significant digits, as Ray's own table has; "-" for nothing."""
+    return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
