@@ -8,7 +8,7 @@ import signal
 import subprocess
 
 import pytest
-from conftest import HEAD, REPO, wait_for
+from conftest import HEAD, REPO, load_module, wait_for
 
 GRID = "bloom_hpo_manual.slurm"
 SMALL = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "2", "CPUS_PER_WORKER": "1"}
@@ -67,7 +67,7 @@ def test_a_combination_that_fails_is_named_and_the_others_go_on(course):
     grid.write_text(grid.read_text().replace("(3e-3 1e-2)", "(20 1e-2)"))
     run = subprocess.run(["bash", GRID], cwd=grid.parent, env=environ, text=True, check=False, capture_output=True, timeout=300)
     assert run.returncode == 1
-    assert re.search(r"^FAILED lr=20 per_device_bs=2 wd=0.01 : ERROR: --lr 20.0: must be a number above 0 and at most 10", run.stdout, re.MULTILINE)
+    assert re.search(r"^FAILED lr=20 per_device_bs=2 wd=0.01 : ERROR: --lr='20': must be a number above 0 and at most 10", run.stdout, re.MULTILINE)
     assert [float(row["lr"]) for row in rows_of(grid.parent)] == [1e-2]
 
 
@@ -76,3 +76,40 @@ def test_a_wrong_call_says_what_is_missing(options):
     script = REPO / "scripts/manual_hpo/bloom_hpo_manual.py"
     run = subprocess.run([script, *options], text=True, check=False, capture_output=True, timeout=60, env=os.environ | {"PATH": f"{REPO}/.venv/bin:{os.environ['PATH']}"})
     assert run.returncode == 2 and "--best" in run.stderr and "Traceback" not in run.stderr
+
+
+RIGHT = {"--lr": "1e-3", "--bs": "1", "--wd": "0"}
+
+
+@pytest.mark.parametrize("wrong, why", [
+    ({"--lr": "x"}, "is not a number"), ({"--lr": "0"}, "above 0"), ({"--lr": "nan"}, "above 0"), ({"--lr": "1e-3; touch here"}, "is not a number"),
+    ({"--lr": ""}, "is not a number"), ({"--bs": "0"}, "at least 1"), ({"--bs": "1.5"}, "is not a whole number"), ({"--bs": "1 2"}, "is not a whole number"),
+    ({"--bs": "9" * 400}, "at most 1000000"), ({"--wd": "-1"}, "at least 0"), ({"--wd": "inf"}, "at most 10"), ({"--epochs": "0"}, "at least 1"),
+    ({"--epochs": "five"}, "is not a whole number"), ({"--csv": "/none/results.csv"}, "in an existing folder"), ({"--csv": "/"}, "in an existing folder"),
+    ({"--lr": "x", "--bs": "y", "--epochs": "-1"}, "")])
+def test_a_wrong_option_is_one_line_before_anything_is_loaded(wrong, why, demo):
+    script = REPO / "scripts/manual_hpo/bloom_hpo_manual.py"
+    options = [f"{name}={value}" for name, value in (RIGHT | wrong).items()]
+    environ = os.environ | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "PATH": f"{REPO}/.venv/bin:{os.environ['PATH']}"}
+    run = subprocess.run([script, *options], text=True, check=False, capture_output=True, timeout=15, env=environ)
+    lines = run.stderr.splitlines()
+    assert run.returncode == 2 and run.stdout == "" and len(lines) == len(wrong)
+    for line, (name, value) in zip(lines, wrong.items()):
+        assert line.startswith(f"ERROR: {name}={value!r}: ") and why in line
+
+
+def test_the_best_configuration_is_found_beside_a_line_half_written(tmp_path):
+    manual = load_module(REPO / "scripts/manual_hpo/bloom_hpo_manual.py")
+    hpo = manual.load_search_script()
+    for trial, text in {
+        "a": '{"eval_loss": NaN, "config": {"train_loop_config": {"lr": 1}}}\n{"eval_loss": 0.5, "config": {"train_loop_config": {"lr": 2}}}\n{"eval_lo',
+        "b": '{"eval_loss": 0.7, "config": {"train_loop_config": {"lr": 3}}}\n{"done": true}\n[]\n',
+        "c": "",
+    }.items():
+        (tmp_path / "tune" / trial).mkdir(parents=True)
+        (tmp_path / "tune" / trial / "result.json").write_text(text)
+    assert manual.best_configuration(hpo, tmp_path) == {"lr": 2}
+    shutil.rmtree(tmp_path / "tune/a")
+    (tmp_path / "tune/b/result.json").write_text("{")
+    with pytest.raises(hpo.InputError, match="no results of a search in this folder"):
+        manual.best_configuration(hpo, tmp_path)

@@ -36,15 +36,19 @@ def best_configuration(hpo, run_folder):
 
     Raises InputError if there is none.
     """
-    best = None
+    best = (math.inf, None)
     for path in sorted(Path(run_folder).glob("tune/*/result.json")):
-        for line in path.read_text().splitlines():
-            report = json.loads(line)
-            if math.isfinite(report["eval_loss"]) and (best is None or report["eval_loss"] < best["eval_loss"]):
-                best = report
-    if best is None:
-        raise hpo.InputError(f"--best {run_folder}: no results of a search in this folder; give one such as runs/<jobid>")
-    return best["config"]["train_loop_config"]
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                report = json.loads(line)
+                loss, drawn = report["eval_loss"], dict(report["config"]["train_loop_config"])
+                if loss < best[0]:  # false for NaN
+                    best = (loss, drawn)
+            except (ValueError, KeyError, TypeError):
+                continue  # a line half written: the search runs, or was ended there
+    if best[1] is None:
+        raise hpo.InputError(f"--best={str(run_folder)!r}: no results of a search in this folder; give one such as runs/<jobid>")
+    return best[1]
 
 
 def train(hpo, hyperparameters, settings, csv_file):
@@ -83,11 +87,11 @@ def train(hpo, hyperparameters, settings, csv_file):
 def main():
     """Returns the exit status: 0 success, 2 bad input or a training that diverged (one line each)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lr", type=float, help="learning rate")
-    parser.add_argument("--bs", type=int, help="per-device batch size")
-    parser.add_argument("--wd", type=float, help="weight decay")
+    parser.add_argument("--lr", help="learning rate")
+    parser.add_argument("--bs", help="per-device batch size")
+    parser.add_argument("--wd", help="weight decay")
     parser.add_argument("--best", metavar="RUN_FOLDER", help="instead: the best configuration that a search found")
-    parser.add_argument("--epochs", type=int, help="epochs (default: NUM_EPOCHS)")
+    parser.add_argument("--epochs", help="epochs (default: NUM_EPOCHS)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help=f"add the result to this file ({', '.join(COLUMNS)})")
     a = parser.parse_args()
     by_hand = (a.lr, a.bs, a.wd)
@@ -95,16 +99,22 @@ def main():
         parser.error("give --lr, --bs and --wd, or --best RUN_FOLDER")
     hpo = load_search_script()
     os.environ.update(hpo.QUIETER_AND_FASTER)
+    value, problems = {}, []
+    whole, weight_decay, learning_rate = hpo.number(1, kind=int), hpo.number(0, 10), hpo.number(0, 10, low_ok=False)
+    for option, parse in {"lr": learning_rate, "bs": whole, "wd": weight_decay, "epochs": whole}.items():
+        text = getattr(a, option)
+        try:
+            value[option] = None if text is None else parse(text)
+        except ValueError as error:
+            problems.append(f"--{option}={text!r:.500}: {error}")
+    if a.csv and (a.csv.is_dir() or not a.csv.absolute().parent.is_dir()):
+        problems.append(f"--csv={str(a.csv)!r}: is a folder, or lies in none; give a file in an existing folder")
     try:
-        settings = hpo.read_settings(os.environ | ({} if a.epochs is None else {"NUM_EPOCHS": str(a.epochs)}))
-        hpo.check_paths(settings)
-        for name, value, parse in (("--lr", a.lr, hpo.number(0, 10, low_ok=False)), ("--bs", a.bs, hpo.number(1, kind=int)), ("--wd", a.wd, hpo.number(0, 10))):
-            try:
-                if value is not None:
-                    parse(str(value))
-            except ValueError as error:
-                raise hpo.InputError(f"{name} {value}: {error}") from None
-        drawn = best_configuration(hpo, a.best) if a.best else {"lr": a.lr, "per_device_bs": a.bs, "wd": a.wd}
+        if problems:
+            raise hpo.InputError("\n".join(problems))
+        settings = hpo.read_settings(os.environ, look_into_folders=True)
+        settings.NUM_EPOCHS = value["epochs"] or settings.NUM_EPOCHS
+        drawn = {"lr": value["lr"], "per_device_bs": value["bs"], "wd": value["wd"]} if a.best is None else best_configuration(hpo, a.best)
         train(hpo, drawn, settings, a.csv)
     except hpo.InputError as error:
         if os.environ.get("RANK", "0") == "0":

@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -73,18 +74,19 @@ class InputError(Exception):
     """Bad input from the user; the message names what, its value, and the fix. One line for each problem."""
 
 
-def number(low, high=math.inf, kind=float, low_ok=True):
+def number(low, high=1_000_000, kind=float, low_ok=True):
     """A parser for one number in [low, high] (in (low, high] without low_ok)."""
 
     def parse(text):
         word = {int: "a whole number", float: "a number"}[kind]
         try:
+            if kind is int and not re.fullmatch("-?[0-9]+", text):  # int() also takes " 1_0", which shells do not
+                raise ValueError
             value = kind(text)
         except ValueError:
             raise ValueError(f"is not {word}") from None
-        if not math.isfinite(value) or value < low or value > high or (value == low and not low_ok):
-            bounds = f"{'at least' if low_ok else 'above'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-            raise ValueError(f"must be {word} {bounds}")
+        if not low <= value <= high or (value == low and not low_ok):  # NaN is not between any two numbers
+            raise ValueError(f"must be {word} {'at least' if low_ok else 'above'} {low} and at most {high}")
         return value
 
     return parse
@@ -103,7 +105,7 @@ def several(parse_one):
                 values.append(parse_one(word))
             except ValueError as error:
                 comma = " (separate with spaces, not commas)" if "," in word else ""
-                raise ValueError(f"{word!r} {error}{comma}") from None
+                raise ValueError(f"{word!r:.80} {error}{comma}") from None
         if len(set(values)) < len(values):
             raise ValueError("names a value twice; name each once")
         return values
@@ -137,8 +139,8 @@ VARIABLES = {  # name: (default, parser, meaning)
 }
 
 
-def read_settings(environ):
-    """The variables above as attributes, checked.
+def read_settings(environ, look_into_folders=False):
+    """The variables above as attributes, checked; with look_into_folders also what MODEL_NAME and SQUAD_DATA hold.
 
     Raises InputError: one line for each variable that is wrong, or whose name looks like a misspelt one of ours.
     """
@@ -147,16 +149,19 @@ def read_settings(environ):
         text = environ.get(name, default)
         try:
             if not text.isprintable():
-                raise ValueError("holds a line break or control character (from a file with Windows line ends?); remove it")
+                raise ValueError("holds a line break, control character or broken letter (Windows line ends?); remove it")
             setattr(settings, name, parse(text))
         except ValueError as error:
-            problems.append(f"{name}={text!r}: {error} (default: {default!r})")
-    if not problems and settings.LR_LOWER >= settings.LR_UPPER:
+            setattr(settings, name, None)
+            problems.append(f"{name}={text!r:.500}: {error} (default: {default!r})")
+    if None not in (settings.LR_LOWER, settings.LR_UPPER) and settings.LR_LOWER >= settings.LR_UPPER:
         lower, upper = (environ.get(name, VARIABLES[name][0]) for name in ("LR_LOWER", "LR_UPPER"))
-        problems.append(f"LR_LOWER={lower} LR_UPPER={upper}: LR_LOWER must be the smaller of the two")
-    for name in sorted(set(environ) - set(VARIABLES)):
-        for meant in difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.82):
-            problems.append(f"{name}={environ[name]!r}: no such variable; did you mean {meant}? (else unset {name})")
+        problems.append(f"LR_LOWER={lower!r} LR_UPPER={upper!r}: LR_LOWER must be the smaller of the two")
+    for name in sorted(filter(str.isprintable, set(environ) - set(VARIABLES))):
+        for meant in difflib.get_close_matches(name.upper(), VARIABLES, n=1, cutoff=0.82):
+            problems.append(f"{name}={environ[name]!r:.500}: no such variable; did you mean {meant}? (else unset {name})")
+    if look_into_folders:
+        problems += check_paths(settings)
     if problems:
         raise InputError("\n".join(problems))
     # Whether GPUs are asked for, or only used where there are any, is decided by whether the user said so.
@@ -205,7 +210,7 @@ def load_squad(s):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(s.MODEL_NAME)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  a broken tokenizer.json raises Exception itself
         raise InputError(not_loaded("MODEL_NAME", s.MODEL_NAME, error)) from None
     splits = []
     for split, file, variable in (("train", "train-v1.1.json", "TRAIN_SAMPLES"), ("validation", "dev-v1.1.json", "EVAL_SAMPLES")):
@@ -216,22 +221,28 @@ def load_squad(s):
 
             try:
                 questions = load_dataset(s.SQUAD_DATA, split=split)
-            except (OSError, ValueError) as error:
+            except Exception as error:  # noqa: BLE001  so many libraries, so many kinds
                 raise InputError(not_loaded("SQUAD_DATA", s.SQUAD_DATA, error)) from None
         count = getattr(s, variable)
         if count > len(questions):
-            raise InputError(f"{variable}={count}: {s.SQUAD_DATA} ({split}) has {len(questions)} questions; ask for at most these")
+            raise InputError(f"{variable}='{count}': {s.SQUAD_DATA} ({split}) has {len(questions)} questions; ask for at most these")
         chosen = random.Random(s.SEED).sample(range(len(questions)), count)
         rows = [questions[i] for i in chosen]
-        splits.append([encode(r["context"], r["question"], r["answers"]["text"][0], tokenizer) for r in rows])
+        try:
+            splits.append([encode(r["context"], r["question"], r["answers"]["text"][0], tokenizer) for r in rows])
+        except (LookupError, TypeError, AttributeError):
+            raise InputError(
+                f"SQUAD_DATA={s.SQUAD_DATA!r} ({split}): a row has no context, question or answer, so this is not SQuAD v1.1; "
+                f"give {VARIABLES['SQUAD_DATA'][0]}, or another of that form"
+            ) from None
     return tuple(splits)
 
 
 def not_loaded(variable, value, error):
     """What to tell the user when the hub does not deliver."""
     return (
-        f"{variable}={value!r} cannot be loaded: {str(error).splitlines()[0][:200]}; compute nodes often cannot reach the hub: "
-        f"fetch it on a login node and give the local folder"
+        f"{variable}={value!r} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:200]}; compute nodes "
+        f"often cannot reach the hub: fetch it on a login node and give the local folder"
     )
 
 
@@ -251,9 +262,12 @@ def read_squad_json(path):
         texts = [text for row in rows for text in (row["context"], row["question"], *row["answers"]["text"])]
         if not rows or not all(row["answers"]["text"] for row in rows) or not all(isinstance(t, str) for t in texts):
             raise ValueError("no questions, a question without an answer, or a text that is none")
+        "".join(texts).encode()  # JSON can hold halves of letters, which the tokenizer refuses
     except FileNotFoundError:
         raise InputError(f"SQUAD_DATA={str(path.parent)!r}: no file {path.name} in this folder; give one that holds it") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise InputError(f"SQUAD_DATA={str(path.parent)!r}: {path.name} cannot be read ({error.strerror}); mend that") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"SQUAD_DATA={str(path.parent)!r}: {path.name} is not SQuAD v1.1 JSON ({reason}); fetch it again") from None
     return rows
@@ -464,29 +478,59 @@ def say(text):
 def check_paths(s):
     """MODEL_NAME and SQUAD_DATA that are folders become absolute (workers run elsewhere) and must hold what is needed.
 
-    A name like org/name that is no folder is left to the hub. Raises InputError.
+    A name like org/name that is no folder is left to the hub. Returns the problems, one line each.
     """
     problems = []
-    for variable in ("MODEL_NAME", "SQUAD_DATA"):
+    for variable, look_into in (("MODEL_NAME", model_problems), ("SQUAD_DATA", squad_problems)):
         value = getattr(s, variable)
-        path = Path(value).expanduser()
-        if path.is_dir():
-            setattr(s, variable, str(path.resolve()))
-        elif path.exists() or value[0] in "./~" or value.count("/") > 1:
+        if value is None:  # wrong in itself, which read_settings has found
+            continue
+        path = os.path.realpath(os.path.expanduser(value))
+        if not path.isprintable():
+            problems.append(f"{variable}={value!r}: its full path {path!r} holds a line break or the like; use another folder")
+        elif os.path.isdir(path):
+            setattr(s, variable, path)
+            problems += look_into(s)
+        elif os.path.exists(path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value, re.ASCII):
             problems.append(f"{variable}={value!r}: no such folder; give an existing folder or a hub id such as {VARIABLES[variable][0]}")
-    if Path(s.MODEL_NAME).is_dir() and not (Path(s.MODEL_NAME) / "config.json").is_file():
-        problems.append(f"MODEL_NAME={s.MODEL_NAME!r}: no config.json in this folder; give one that save_pretrained wrote")
-    if Path(s.SQUAD_DATA).is_dir():
-        for file, variable in (("train-v1.1.json", "TRAIN_SAMPLES"), ("dev-v1.1.json", "EVAL_SAMPLES")):
-            try:
-                found = len(read_squad_json(Path(s.SQUAD_DATA) / file))
-                if found < getattr(s, variable):
-                    problems.append(f"{variable}={getattr(s, variable)}: {file} has only {found} questions; ask for at most {found}")
-            except InputError as error:
-                problems.append(str(error))
-                break  # what is wrong with one of the two files is mostly wrong with both
-    if problems:
-        raise InputError("\n".join(problems))
+    return problems
+
+
+def model_problems(s):
+    """What the folder MODEL_NAME lacks, in one line, or nothing. The model itself is not loaded: that takes too long."""
+    folder = Path(s.MODEL_NAME)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        # A file of less than 1 kB is the pointer that git leaves where it could not fetch the weights.
+        weights = [path for path in folder.glob("model*.safetensors") if path.is_file() and path.stat().st_size > 1000]
+        tokenizers = [name for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt") if (folder / name).is_file()]
+    except FileNotFoundError:
+        return [f"MODEL_NAME={s.MODEL_NAME!r}: no config.json in this folder; give one that save_pretrained wrote"]
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "it is not JSON"
+        return [f"MODEL_NAME={s.MODEL_NAME!r}: config.json cannot be read ({reason}); fetch the model again"]
+    lacks = []
+    if not isinstance(config, dict) or "model_type" not in config:
+        lacks.append("model_type in config.json")
+    if not weights:  # a pickled pytorch_model.bin could run anything when it is loaded
+        lacks.append("weights in model*.safetensors (other formats, such as pytorch_model.bin, are not loaded)")
+    if not tokenizers:
+        lacks.append("tokenizer files such as tokenizer.json")
+    return [f"MODEL_NAME={s.MODEL_NAME!r}: this folder has no {' and no '.join(lacks)}; fetch the whole model"] if lacks else []
+
+
+def squad_problems(s):
+    """What is wrong with the files in the folder SQUAD_DATA, one line each."""
+    problems = []
+    for file, variable in (("train-v1.1.json", "TRAIN_SAMPLES"), ("dev-v1.1.json", "EVAL_SAMPLES")):
+        try:
+            found = len(read_squad_json(Path(s.SQUAD_DATA) / file))
+        except InputError as error:
+            return [*problems, str(error)]  # what is wrong with one of the two files is mostly wrong with both
+        count = getattr(s, variable)
+        if count is not None and count > found:
+            problems.append(f"{variable}='{count}': {file} has only {found} questions; ask for at most {found}")
+    return problems
 
 
 def best_report(results):
@@ -618,9 +662,9 @@ def main():
     what.add_argument("--check", action="store_true", help="check every input and print the settings; start nothing")
     what.add_argument("--run-dir", type=Path, metavar="DIR", help="run the search; its results go here")
     arguments = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path can hold letters that the terminal's encoding lacks
     try:
-        settings = read_settings(os.environ)
-        check_paths(settings)
+        settings = read_settings(os.environ, look_into_folders=True)
         if arguments.get:
             for name in arguments.get:
                 value = getattr(settings, name)

@@ -1,0 +1,301 @@
+"""Bad input is refused before anything is started: one line for each variable, with its value and what to do.
+
+Each case of the table runs the head script as a user does, in a copy of the repository.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import EXERCISE, HEAD, REPO, SCRIPT
+
+OURS = ("SLURM_", "SBATCH_", "RAY_", "LR_", "BS_", "WD_")
+SLURM = {"SLURM_JOB_ID": "4711"}
+STUB = '#!/bin/bash\necho "${0##*/} $*" >>"$(dirname "$0")/called"\n'
+
+# In values, ROOT stands for a folder with these:
+SQUADS = {  # folder: its train-v1.1.json; None: no such file
+    "no files": None,
+    "empty file": b"",
+    "no JSON": b"<!DOCTYPE html><title>404</title>",
+    "truncated": b'{"data": [{"paragraphs": [{"context": "It is red.", "qas": [{"quest',
+    "not UTF-8": b'{"data": "\xff\xfe"}',
+    "empty data": b'{"data": []}',
+    "no data": b'{"version": "1.1"}',
+    "a list": b"[1, 2]",
+    "null": b"null",
+    "wrong types": b'{"data": [{"paragraphs": [{"context": 5, "qas": [{"question": "?", "answers": [{"text": "a"}]}]}]}]}',
+    "data is text": b'{"data": "squad"}',
+    "no answers": b'{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "?"}]}]}]}',
+    "answers empty": b'{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "?", "answers": []}]}]}]}',
+    "answer null": b'{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "?", "answers": [{"text": null}]}]}]}]}',
+    "half a letter": b'{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "\\ud83d", "answers": [{"text": "a"}]}]}]}]}',
+    "too deep": b"[" * 100_000,
+    "long number": b'{"data": ' + b"9" * 5000 + b"}",
+}
+MODELS = {  # folder: which of the model's files are not in it
+    "no config": ["config.json"],
+    "no weights": ["model.safetensors"],
+    "no tokenizer": ["tokenizer.json"],
+    "config alone": ["model.safetensors", "tokenizer.json"],
+}
+NAMES = ["with space", "it's \"quoted\"", "é 模型", "$(touch here)", "a;touch here", "-n", "100%", "back\\slash"]
+
+CASES = [  # variable, value, a part of the line that says why
+    ("LR_LOWER", "abc", "is not a number"),
+    ("LR_LOWER", "", "is not a number"),
+    ("LR_LOWER", "-1e-5", "must be a number above 0 and at most 10"),
+    ("LR_LOWER", "0", "above 0"),
+    ("LR_LOWER", "1e-999", "above 0"),
+    ("LR_LOWER", "nan", "above 0"),
+    ("LR_LOWER", "1e-3", "LR_UPPER='2e-4': LR_LOWER must be the smaller of the two"),
+    ("LR_LOWER", "2e-4", "must be the smaller"),
+    ("LR_LOWER", "1e-5; touch here", "is not a number"),
+    ("LR_LOWER", "$(touch here)", "is not a number"),
+    ("LR_LOWER", "1e-5\r", "Windows line ends"),
+    ("LR_LOWER", "1e-5\udcff", "broken letter"),
+    ("LR_UPPER", "inf", "at most 10"),
+    ("LR_UPPER", "1,0", "is not a number"),
+    ("LR_UPPER", "1e-6", "must be the smaller"),
+    ("BS_CHOICES", "", "holds no value"),
+    ("BS_CHOICES", "  ", "holds no value"),
+    ("BS_CHOICES", "1,2", "separate with spaces, not commas"),
+    ("BS_CHOICES", "1, 2", "separate with spaces, not commas"),
+    ("BS_CHOICES", "0", "'0' must be a whole number at least 1"),
+    ("BS_CHOICES", "1.5", "'1.5' is not a whole number"),
+    ("BS_CHOICES", "1 -2", "'-2' must be"),
+    ("BS_CHOICES", "2 2", "names a value twice"),
+    ("BS_CHOICES", "1 two", "'two' is not a whole number"),
+    ("BS_CHOICES", "1\n2", "line break"),
+    ("WD_CHOICES", "", "holds no value"),
+    ("WD_CHOICES", "-0.1", "at least 0"),
+    ("WD_CHOICES", "0.0 0.00", "names a value twice"),
+    ("WD_CHOICES", "nan", "at least 0"),
+    ("WD_CHOICES", "0.0,0.01", "not commas"),
+    ("WORKER_NODES", "0", "at least 1 and at most 1000"),
+    ("WORKER_NODES", "1.0", "is not a whole number"),
+    ("NUM_SAMPLES", "0", "at least 1"),
+    ("NUM_SAMPLES", "12\r", "Windows line ends"),
+    ("NUM_SAMPLES", "9" * 400, "at most 1000000"),
+    ("NUM_SAMPLES", "9" * 5000, "is not a whole number"),
+    ("NUM_EPOCHS", "-5", "at least 1"),
+    ("NUM_EPOCHS", "1_0", "is not a whole number"),
+    ("EVAL_SAMPLES", "1e2", "is not a whole number"),
+    ("TRAIN_SAMPLES", "0", "at least 1"),
+    ("TRAIN_SAMPLES", "1001", "has only 1000 questions; ask for at most 1000"),
+    ("EVAL_SAMPLES", "101", "has only 100 questions; ask for at most 100"),
+    ("WORKERS_PER_TRIAL", "0", "at least 1"),
+    ("WORKERS_PER_TRIAL", " 2", "is not a whole number"),
+    ("CPUS_PER_WORKER", "x", "is not a whole number"),
+    ("GPUS_PER_WORKER", "-1", "at least 0 and at most 1"),
+    ("GPUS_PER_WORKER", "a[$(touch here)]", "is not a whole number"),
+    ("SEED", "-1", "at least 0"),
+    ("SEED", "4294967296", "at most 2147483647"),
+    ("LR_LOW", "1e-5", "did you mean LR_LOWER?"),
+    ("NUM_SAMPLE", "4", "did you mean NUM_SAMPLES?"),
+    ("TRAIN_SAMPLE", "4", "did you mean TRAIN_SAMPLES?"),
+    ("MODELNAME", "x", "did you mean MODEL_NAME?"),
+    ("BS_CHOICE", "1 2", "did you mean BS_CHOICES?"),
+    ("seed", "4", "did you mean SEED?"),
+    ("MODEL_NAME", "", "is empty"),
+    ("MODEL_NAME", "ROOT/none", "no such folder"),
+    ("MODEL_NAME", "./none", "no such folder"),
+    ("MODEL_NAME", "~nobody-of-this-name/model", "no such folder"),
+    ("MODEL_NAME", "my model", "no such folder"),
+    ("MODEL_NAME", "ROOT/no such é 模型 'x'", "no such folder"),
+    ("MODEL_NAME", "x; touch here", "no such folder"),
+    ("MODEL_NAME", "`touch here`", "no such folder"),
+    ("MODEL_NAME", "two\nlines", "line break"),
+    ("MODEL_NAME", "ROOT/two\nlines", "line break"),
+    ("MODEL_NAME", "ROOT/link to two lines", "use another folder"),
+    ("MODEL_NAME", "ROOT/model\r", "Windows line ends"),
+    ("MODEL_NAME", "ROOT/" + "n" * 300, "no such folder"),
+    ("MODEL_NAME", "ROOT/model/config.json", "no such folder"),
+    ("MODEL_NAME", "ROOT/no config", "no config.json in this folder"),
+    ("MODEL_NAME", "ROOT/no weights", "no weights in model*.safetensors (other formats, such as pytorch_model.bin, are not loaded)"),
+    ("MODEL_NAME", "ROOT/no tokenizer", "no tokenizer files such as tokenizer.json"),
+    ("MODEL_NAME", "ROOT/config alone", "safetensors (other formats, such as pytorch_model.bin, are not loaded) and no tokenizer"),
+    ("MODEL_NAME", "ROOT/git pointer", "no weights in"),
+    ("MODEL_NAME", "ROOT/dangling link", "no weights in"),
+    ("MODEL_NAME", "ROOT/config broken", "config.json cannot be read (it is not JSON); fetch the model again"),
+    ("MODEL_NAME", "ROOT/config a list", "no model_type in config.json"),
+    ("MODEL_NAME", "ROOT/config a folder", "config.json cannot be read (Is a directory)"),
+    ("SQUAD_DATA", "ROOT/none", "no such folder"),
+    ("SQUAD_DATA", "ROOT/two\nlines", "line break"),
+    ("SQUAD_DATA", "ROOT/squad/train-v1.1.json", "no such folder"),
+    ("SQUAD_DATA", "ROOT/train a folder", "train-v1.1.json cannot be read (Is a directory)"),
+    *(("SQUAD_DATA", f"ROOT/{name}", "train-v1.1.json") for name in SQUADS),
+]
+
+
+@pytest.fixture(scope="module")
+def root(demo, tmp_path_factory):
+    """The folder that ROOT stands for."""
+    root = tmp_path_factory.mktemp("inputs").resolve()
+    shutil.copytree(demo / "model", root / "model")
+    shutil.copytree(demo / "squad", root / "squad")
+    for name in ["two\nlines", *NAMES]:
+        shutil.copytree(demo / "model", root / name)
+        shutil.copytree(demo / "squad", root / name, dirs_exist_ok=True)
+    (root / "link to two lines").symlink_to("two\nlines")
+    for name, data in SQUADS.items():
+        (root / name).mkdir()
+        shutil.copy(demo / "squad/dev-v1.1.json", root / name)
+        if data is not None:
+            (root / name / "train-v1.1.json").write_bytes(data)
+    for name, missing in MODELS.items():
+        shutil.copytree(demo / "model", root / name, ignore=shutil.ignore_patterns(*missing))
+        if "model.safetensors" in missing:
+            (root / name / "pytorch_model.bin").write_bytes(b"x" * 5000)
+    for name, file, text in (
+        ("git pointer", "model.safetensors", "version https://git-lfs.github.com/spec/v1\nsize 902136\n"),
+        ("config broken", "config.json", '{"model_type": "bloom",'),
+        ("config a list", "config.json", "[]"),
+    ):
+        shutil.copytree(demo / "model", root / name)
+        (root / name / file).write_text(text)
+    shutil.copytree(demo / "model", root / "config a folder", ignore=shutil.ignore_patterns("config.json"))
+    (root / "config a folder/config.json").mkdir()
+    shutil.copytree(demo / "model", root / "dangling link", ignore=shutil.ignore_patterns("model.safetensors"))
+    (root / "dangling link/model.safetensors").symlink_to("blobs/none")
+    (root / "train a folder/train-v1.1.json").mkdir(parents=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory):
+    """A copy of the repository's scripts and exercise, in a folder whose name is not plain, with a Slurm that only notes calls."""
+    top = tmp_path_factory.mktemp("copy") / "my course é"
+    for folder in ("scripts", "experiments"):
+        shutil.copytree(REPO / folder, top / folder, symlinks=True, ignore=shutil.ignore_patterns("runs", "*.out", "__pycache__"))
+    (top / ".venv").symlink_to(REPO / ".venv")
+    (top / "slurm").mkdir()
+    for command in ("sbatch", "srun", "squeue", "scancel"):
+        (top / "slurm" / command).write_text(STUB)
+    (top / "slurm/scontrol").write_text(STUB + 'echo "   StdOut=/dev/null"\n')
+    for command in (top / "slurm").iterdir():
+        command.chmod(0o755)
+    return top / EXERCISE.relative_to(REPO)
+
+
+def environment(root, variables, path=""):
+    """The variables of a user who has set these and no other of ours; ROOT in them is the folder."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    environ |= {"PATH": f"{path}{os.environ['PATH']}", "MODEL_NAME": "ROOT/model", "SQUAD_DATA": "ROOT/squad"} | variables
+    return {name: value.replace("ROOT", str(root)) for name, value in environ.items()}
+
+
+def refused(course, root, variables, cwd=None):
+    """Runs the head script; asserts that it ends in good order with nothing started. Returns all its lines, and those of errors."""
+    environ = environment(root, variables, f"{course.parents[3]}/slurm:")
+    run = subprocess.run(["bash", course / HEAD], cwd=cwd or course, env=environ, text=True, check=False, capture_output=True, timeout=15)
+    output = run.stdout + run.stderr
+    lines = output.splitlines()
+    assert run.returncode in (1, 2), output
+    assert re.fullmatch(r"===== JOB \S+ START  : .* =====", run.stdout.splitlines()[0])
+    assert re.fullmatch(r"===== JOB \S+ FINISH : .* =====", run.stdout.splitlines()[-1])
+    assert "Traceback" not in output and "line " not in run.stderr  # "line 7: ...: command not found"
+    assert not (course / "runs").exists()
+    assert not list(course.parents[3].rglob("here")) and not list(root.glob("here"))  # what the code in a value would make
+    called = course.parents[3] / "slurm/called"
+    assert not called.exists() or set(called.read_text().split("\n")) <= {"scontrol show job 4711", ""}
+    return lines, [line for line in lines if "ERROR" in line]
+
+
+@pytest.mark.parametrize("name, value, why", CASES)
+def test_bad_input_is_one_line_and_starts_nothing(name, value, why, course, root):
+    lines, errors = refused(course, root, {name: value})
+    assert len(errors) == 1, lines
+    assert errors[0].startswith("ERROR: ") and why in errors[0]
+    assert f"{name}={value.replace('ROOT', str(root))!r:.500}" in errors[0]
+
+
+@pytest.mark.parametrize("variables, names", [
+    ({"LR_LOWER": "1", "SQUAD_DATA": "/none", "MODEL_NAME": "ROOT/no weights", "BS_CHOICES": "1,2", "NUM_SAMPLE": "3", "SEED": "?"},
+     ["LR_LOWER", "SQUAD_DATA", "MODEL_NAME", "BS_CHOICES", "NUM_SAMPLE", "SEED"]),
+    ({"TRAIN_SAMPLES": "5000", "EVAL_SAMPLES": "5000", "WORKER_NODES": "0"}, ["TRAIN_SAMPLES", "EVAL_SAMPLES", "WORKER_NODES"]),
+    (SLURM | {"WORKER_NODES": "0", "CPUS_PER_WORKER": "$(touch here)"}, ["WORKER_NODES", "CPUS_PER_WORKER"]),
+    (SLURM | {"SQUAD_DATA": "/none"}, ["SQUAD_DATA"]),
+])
+def test_several_errors_are_reported_together(variables, names, course, root):
+    _, errors = refused(course, root, variables)
+    assert sorted(re.match(r"ERROR: (\w+)=", line)[1] for line in errors) == sorted(names)
+
+
+@pytest.mark.parametrize("variables", [{"WORKERS_PER_TRIAL": "64"}, {"WORKERS_PER_TRIAL": "9", "MODEL_NAME": f"ROOT/{NAMES[1]}", "SQUAD_DATA": f"ROOT/{NAMES[3]}"}])
+def test_a_trial_that_fits_on_no_node_is_refused_before_jobs_are_submitted(variables, course, root):
+    lines, (error,) = refused(course, root, SLURM | variables)
+    assert f"ERROR: one trial (WORKERS_PER_TRIAL={variables['WORKERS_PER_TRIAL']} CPUS_PER_WORKER=2 GPUS_PER_WORKER=1) does not fit" in error
+    assert f"  SQUAD_DATA         {variables.get('SQUAD_DATA', 'ROOT/squad').replace('ROOT', str(root))}" in lines  # all else was right
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_existing_folder_of_any_name_works(name, root):
+    (root / name / "train-v1.1.json").write_bytes(b"\xef\xbb\xbf" + (root / "squad/train-v1.1.json").read_bytes())  # with a BOM
+    for folder in (f"{root}/{name}", f"./{name}"):
+        run = subprocess.run([sys.executable, SCRIPT, "--get", "MODEL_NAME", "SQUAD_DATA"], cwd=root, text=True, check=True, capture_output=True,
+                             env=environment(root, {"MODEL_NAME": folder, "SQUAD_DATA": folder, "PYTHONIOENCODING": "utf-8"}), timeout=15)
+        assert run.stdout.splitlines() == [f"{root}/{name}"] * 2
+
+
+def test_a_terminal_that_lacks_letters_of_a_path_does_not_matter(root):
+    environ = environment(root, {"MODEL_NAME": f"{root}/é 模型", "PYTHONIOENCODING": "ascii"})
+    run = subprocess.run([sys.executable, SCRIPT, "--get", "MODEL_NAME"], env=environ, text=True, check=False, capture_output=True, timeout=15)
+    assert run.returncode == 0 and run.stdout == f"{root}/\\xe9 \\u6a21\\u578b\n" and run.stderr == ""
+
+
+def test_the_working_folder_does_not_matter(course, root):
+    _, errors = refused(course, root, {"SEED": "x"}, cwd="/")
+    assert len(errors) == 1
+
+
+@pytest.mark.parametrize("script", [EXERCISE / HEAD, REPO / "experiments/manual/bloom_hpo_manual.slurm"])
+def test_a_script_that_was_copied_elsewhere_says_where_it_belongs(script, tmp_path):
+    shutil.copy(script, tmp_path)
+    for beside in (None, "worker_node_raytune_asha_hpo.slurm"):
+        if beside:
+            shutil.copy(EXERCISE / beside, tmp_path)
+        run = subprocess.run(["bash", tmp_path / script.name], cwd=tmp_path, text=True, check=False, capture_output=True, timeout=15)
+        assert run.returncode == 1 and run.stdout == ""
+        assert re.fullmatch(rf"ERROR: {tmp_path} is not .*; cd experiments/\S+ in the repository, then sbatch\n", run.stderr)
+    assert {path.name for path in tmp_path.iterdir()} <= {script.name, "worker_node_raytune_asha_hpo.slurm"}
+
+
+def test_an_unknown_hyperparameter_is_refused_before_anything_starts(course, root, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(course.parents[3], copy, symlinks=True)
+    script = copy / SCRIPT.relative_to(REPO)
+    line = '            "lr": tune.loguniform('
+    assert line in script.read_text()
+    script.write_text(script.read_text().replace(line, '            "warmup_rate": tune.uniform(0, 0.2),\n' + line))
+    _, (error,) = refused(copy / EXERCISE.relative_to(REPO), root, {})
+    assert "'warmup_rate' is no hyperparameter" in error and error.endswith("did you mean 'warmup_ratio'?")
+
+
+def test_the_terminal_shows_what_the_log_file_holds(course, root):
+    lines, _ = refused(course, root, {"SEED": "x"})
+    log = course / f"logs/ray_head_bloom_5epochs-{lines[0].split()[2]}.out"
+    assert log.read_text().splitlines() == lines
+
+
+def test_a_data_set_of_the_hub_that_is_no_squad_is_one_line(hpo, demo, monkeypatch):
+    import datasets
+
+    s = hpo.read_settings({"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": "some/set", "TRAIN_SAMPLES": "1", "EVAL_SAMPLES": "1"})
+    for row in ({"text": "?"}, {"context": "c", "question": "?", "answers": {"text": []}}, {"context": "c", "question": "?", "answers": None}):
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, row=row, **__: [row])
+        with pytest.raises(hpo.InputError, match=r"^SQUAD_DATA='some/set' \(train\): a row has no context, question or answer.*; give rajpurkar/squad"):
+            hpo.load_squad(s)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_one_line(hpo, demo, tmp_path):
+    shutil.copytree(demo / "model", tmp_path / "model")
+    s = hpo.read_settings({"MODEL_NAME": str(tmp_path / "model"), "SQUAD_DATA": str(demo / "squad")})
+    for text in ("{", "{}", json.dumps({"model": {"type": "none"}})):
+        (tmp_path / "model/tokenizer.json").write_text(text)
+        with pytest.raises(hpo.InputError, match="^MODEL_NAME='.*/model' cannot be loaded: .*give the local folder$"):
+            hpo.load_squad(s)
