@@ -1,7 +1,12 @@
 """What several test files share: the demo model and data, a real Slurm, and waiting for a condition."""
 
+import ast
+import glob
 import importlib.util
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -63,3 +68,156 @@ def slurm():
     up = subprocess.run(["bash", script, "up"], env=environ, text=True, stdout=subprocess.PIPE, check=True, timeout=600)
     yield environ | {"SLURM_CONF": up.stdout.split("=", 1)[1].strip()}
     subprocess.run(["bash", script, "down"], env=environ, check=True, timeout=120)
+
+
+SPACE = {"LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "BS_CHOICES": "2 4", "WD_CHOICES": "0.0 0.1"}
+SMALL = {"TRAIN_SAMPLES": "32", "EVAL_SAMPLES": "16"}
+
+
+def copy_of_the_course(tmp_path):
+    """The exercise's folder in a copy of the repository."""
+    for folder in ("scripts", "experiments", "tests"):
+        shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("runs", "*.out", "__pycache__"))
+    for file in ("requirements.txt",):
+        shutil.copy(REPO / file, tmp_path)
+    (tmp_path / ".venv").symlink_to(REPO / ".venv")
+    return tmp_path / EXERCISE.relative_to(REPO)
+
+
+@pytest.fixture
+def course(tmp_path):
+    return copy_of_the_course(tmp_path)
+
+
+class Cluster:
+    """sbatch, squeue and friends on the sandbox, from the exercise's folder."""
+
+    def __init__(self, environ, folder):
+        self.environ, self.folder = environ, folder
+
+    def __call__(self, *command, **variables):
+        return subprocess.run(command, cwd=self.folder, env=self.environ | variables, text=True, check=True, capture_output=True, timeout=60).stdout
+
+    def submit(self, **variables):
+        return self("sbatch", "--parsable", HEAD, **variables).strip()
+
+    def job(self, job):
+        return dict(word.split("=", 1) for word in self("scontrol", "show", "job", job).split() if "=" in word)
+
+    def wait_for_end(self, job, seconds):
+        states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        return wait_for(lambda: (info := self.job(job))["JobState"] in states and info, seconds, f"job {job} to end; log:\n{self.log(job)[-2000:]}")
+
+    def log(self, job, role="head"):
+        path = self.folder / f"logs/ray_{role}_bloom_5epochs-{job}.out"
+        return path.read_text() if path.exists() else ""
+
+    def workers(self, job):
+        return re.findall(r"submitted worker \d+/\d+: job (\d+)", self.log(job))
+
+
+@pytest.fixture
+def cluster(slurm, course):
+    return Cluster(slurm, course)
+
+
+def pids(*marks):
+    """Processes that belong to a job: their environment names run folder, role and job; marks are " role job"."""
+    ends = tuple(mark.encode() for mark in marks)
+    found = []
+    for environ in glob.glob("/proc/[0-9]*/environ"):
+        try:
+            if any(entry.startswith(b"HPO_OWNER=") and entry.endswith(ends) for entry in Path(environ).read_bytes().split(b"\0")):
+                found.append(int(environ.split("/")[2]))
+        except OSError:  # ended meanwhile
+            continue
+    return found
+
+
+def command_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    except OSError:
+        return ""
+
+
+def processes(*jobs):
+    """Command lines of all processes of these jobs' Ray."""
+    return [command_of(pid) for pid in pids(*(f" {role} {job}" for job in jobs for role in ("head", "worker")))]
+
+
+def nothing_left(*jobs):
+    return not processes(*jobs) and not [f for job in jobs for f in glob.glob(f"/tmp/ray_{job}.*")]
+
+
+def best_of(log):
+    return ast.literal_eval(log.split("Best Trial Result:\n", 1)[1].splitlines()[0])
+
+
+def table_of(log):
+    """Rows of the boxed table as dicts."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in log.splitlines() if line.startswith("| ")]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+
+
+def reports_of(run_dir):
+    """All reports of each trial, from Tune's own results: {trial name: [report]}."""
+    return {path.parent.name: [json.loads(line) for line in path.read_text().splitlines()] for path in run_dir.glob("tune/*/result.json")}
+
+
+def at_once(log):
+    """The largest number of trials in flight."""
+    running, most = 0, 0
+    for line in log.splitlines():
+        if re.search(r"search \| TorchTrainer_\S+  started", line):
+            running += 1
+        elif re.search(r"search \| TorchTrainer_\S+  (stopped|finished|ended|FAILED)", line):
+            running -= 1
+        most = max(most, running)
+    return most
+
+
+def check_log(log, job, status=0):
+    """What every log must be: framed, short, no line twice, nothing that is not for students."""
+    lines = log.splitlines()
+    assert re.fullmatch(rf"===== JOB {job} START  : \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \S+ =====", lines[0])
+    assert re.fullmatch(rf"===== JOB {job} FINISH : \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \S+ =====", lines[-1])
+    body = [line for line in lines[1:-1] if not line.startswith("+--")]
+    assert len(body) < 150
+    assert len(set(body)) == len(body), [line for line in body if body.count(line) > 1]
+    noise = [line for line in body if re.search(r"warn|deprecat|it/s|%\||\x1b|LOAD_|Traceback|Killed|\(raylet\)", line, re.IGNORECASE)]
+    assert not noise
+
+
+def check_results(log, run_dir, trials, epochs):
+    """Table, best line and Tune's own results agree; reports are one an epoch."""
+    reports, rows, best = reports_of(run_dir), table_of(log), best_of(log)
+    assert len(rows) == len(reports) == trials
+    for name, reported in reports.items():
+        assert [report["training_iteration"] for report in reported] == list(range(1, len(reported) + 1))
+        assert [report["epoch"] for report in reported] == [float(i) for i in range(1, len(reported) + 1)]
+        assert len(reported) <= epochs
+        row = next(row for row in rows if row["Trial name"] == name)
+        assert row["status"] == "TERMINATED" and int(row["iter"]) == len(reported)
+        assert float(row["eval_loss"]) == pytest.approx(reported[-1]["eval_loss"], rel=1e-4)
+    everything = [report for reported in reports.values() for report in reported]
+    lowest = min(everything, key=lambda report: report["eval_loss"])
+    assert best == {"eval_loss": lowest["eval_loss"], "epoch": lowest["epoch"], "time_total_s": lowest["time_total_s"],
+                    "config": {"train_loop_config": lowest["config"]["train_loop_config"]}}
+    return reports
+
+
+def seconds_of(record):
+    """Start and end of a job by Slurm's record, in s."""
+    return [time.mktime(time.strptime(record[key], "%Y-%m-%dT%H:%M:%S")) for key in ("StartTime", "EndTime")]
+
+
+def quickstart(course, *command, **variables):
+    """The exercise without Slurm in a copy of the repository: (exit status, log)."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | variables
+    run = subprocess.run(command or ["bash", HEAD], cwd=course, env=environ, text=True, check=False, stdout=subprocess.PIPE, timeout=900)
+    return run.returncode, run.stdout
+
+
+def job_of(log):
+    return re.search(r"===== JOB (\S+) START", log)[1]

@@ -16,7 +16,7 @@ from conftest import EXERCISE, HEAD, REPO, SCRIPT, load_module
 README, EXERCISE_README = REPO / "README.md", EXERCISE / "README.md"
 WORKER = "worker_node_raytune_asha_hpo.slurm"
 RAY_JOB = REPO / "scripts/raytune_hpo/ray_job.sh"
-OTHER_VARIABLES = {"PYTHON", "NODE_ADDRESS", "MINI_SLURM_DIR", "HF_HUB_OFFLINE"}  # not ours alone, and documented
+OTHER_VARIABLES = {"PYTHON", "NODE_ADDRESS", "MINI_SLURM_DIR", "HF_HUB_OFFLINE", "RESUME"}  # not ours alone, and documented
 MADE_LATER = {  # files and folders that the documents name and the code, Slurm or the user makes
     ".venv", ".demo", ".venv/bin/hf", "runs/", "experiments/raytune/scheduler/asha/runs/", "shutdown.txt",
     "train-v1.1.json", "dev-v1.1.json"}  # fmt: skip
@@ -271,7 +271,7 @@ def test_the_search_space_in_the_exercise_is_that_of_the_code(hpo):
 def scheduler_arguments():
     """The constants that the script gives ASHA."""
     tree = ast.parse(SCRIPT.read_text())
-    call = next(n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "ASHAScheduler")
+    call = next(n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "ASHA")
     return {k.arg: ast.literal_eval(k.value) for k in call.keywords if isinstance(k.value, ast.Constant)}
 
 
@@ -520,6 +520,7 @@ def test_head_directives():
         "cpus-per-task": "4",
         "time": "04:00:00",
         "output": "logs/ray_head_bloom_5epochs-%j.out",
+        "open-mode": "append",
         "signal": "B:TERM@120",
     }
 

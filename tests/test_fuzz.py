@@ -5,14 +5,15 @@ import shutil
 import string
 from types import SimpleNamespace
 
+import fill_tables
 import pytest
+import read_run
 from conftest import REPO, load_module
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 fast = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
 capacity = load_module(REPO / "scripts/raytune_hpo/worker_capacity.py")
-fill_tables = load_module(REPO / "scripts/raytune_hpo/fill_tables.py")
 LOG = (REPO / "tests/logs/complete.out").read_text().splitlines()
 
 
@@ -22,7 +23,7 @@ def one_line(text):
 
 # ---- Variables -------------------------------------------------------------------------------------------------------
 ours = ["LR_LOWER", "LR_UPPER", "BS_CHOICES", "WD_CHOICES", "WORKER_NODES", "NUM_SAMPLES", "NUM_EPOCHS", "MODEL_NAME", "SQUAD_DATA",
-        "TRAIN_SAMPLES", "EVAL_SAMPLES", "WORKERS_PER_TRIAL", "CPUS_PER_WORKER", "GPUS_PER_WORKER", "SEED"]
+        "TRAIN_SAMPLES", "EVAL_SAMPLES", "WORKERS_PER_TRIAL", "CPUS_PER_WORKER", "GPUS_PER_WORKER", "CHECKPOINTS", "WORKER_DEADLINE", "SEED"]
 nearly_ours = st.builds(lambda name, i, text: name[:i] + text + name[i + 1 :], st.sampled_from(ours), st.integers(0, 15), st.text(max_size=2))
 word = st.one_of(st.sampled_from(["1", "2", "8", "0.5", "1e-5"]), st.integers().map(str), st.floats().map(str), st.text(string.digits + "-+._e, ", max_size=8), st.text(max_size=8),
                  st.sampled_from(["9" * 400, "9" * 5000, "1e999", "nan", "-inf", "1\r", "~x/y", ".", "/", "../..", "a/b", "\0"]))
@@ -187,8 +188,8 @@ def test_a_log_with_any_damage_is_read_or_refused(folder, changes):
     log = folder / "log.out"
     log.write_text("\n".join(mutated(LOG, changes)), encoding="utf-8", errors="surrogatepass")
     try:
-        run = fill_tables.parse_log(log)
-    except fill_tables.NotALog as error:
+        run = read_run.parse_log(log)
+    except read_run.NotALog as error:
         assert one_line(str(error)) and str(error).startswith(f"{log}: ")
         return
     assert "### Table 2" in fill_tables.markdown(fill_tables.sections(run))

@@ -1,8 +1,6 @@
 """The exercise as a student runs it: real Slurm or none, real Ray, real DeepSpeed training; then its log is read."""
 
-import ast
 import csv
-import glob
 import json
 import math
 import os
@@ -14,148 +12,27 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import EXERCISE, HEAD, REPO, wait_for
-
-SPACE = {"LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "BS_CHOICES": "2 4", "WD_CHOICES": "0.0 0.1"}
-SMALL = {"TRAIN_SAMPLES": "32", "EVAL_SAMPLES": "16"}
-
-
-def copy_of_the_course(tmp_path):
-    """The exercise's folder in a copy of the repository."""
-    for folder in ("scripts", "experiments", "tests"):
-        shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("runs", "*.out", "__pycache__"))
-    for file in ("requirements.txt",):
-        shutil.copy(REPO / file, tmp_path)
-    (tmp_path / ".venv").symlink_to(REPO / ".venv")
-    return tmp_path / EXERCISE.relative_to(REPO)
-
-
-@pytest.fixture
-def course(tmp_path):
-    return copy_of_the_course(tmp_path)
-
-
-class Cluster:
-    """sbatch, squeue and friends on the sandbox, from the exercise's folder."""
-
-    def __init__(self, environ, folder):
-        self.environ, self.folder = environ, folder
-
-    def __call__(self, *command, **variables):
-        return subprocess.run(command, cwd=self.folder, env=self.environ | variables, text=True, check=True, capture_output=True, timeout=60).stdout
-
-    def submit(self, **variables):
-        return self("sbatch", "--parsable", HEAD, **variables).strip()
-
-    def job(self, job):
-        return dict(word.split("=", 1) for word in self("scontrol", "show", "job", job).split() if "=" in word)
-
-    def wait_for_end(self, job, seconds):
-        states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        return wait_for(lambda: (info := self.job(job))["JobState"] in states and info, seconds, f"job {job} to end; log:\n{self.log(job)[-2000:]}")
-
-    def log(self, job, role="head"):
-        path = self.folder / f"logs/ray_{role}_bloom_5epochs-{job}.out"
-        return path.read_text() if path.exists() else ""
-
-    def workers(self, job):
-        return re.findall(r"submitted worker \d+/\d+: job (\d+)", self.log(job))
-
-
-@pytest.fixture
-def cluster(slurm, course):
-    return Cluster(slurm, course)
-
-
-def pids(*marks):
-    """Processes that belong to a job: their environment names run folder, role and job; marks are " role job"."""
-    ends = tuple(mark.encode() for mark in marks)
-    found = []
-    for environ in glob.glob("/proc/[0-9]*/environ"):
-        try:
-            if any(entry.startswith(b"HPO_OWNER=") and entry.endswith(ends) for entry in Path(environ).read_bytes().split(b"\0")):
-                found.append(int(environ.split("/")[2]))
-        except OSError:  # ended meanwhile
-            continue
-    return found
-
-
-def command_of(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-    except OSError:
-        return ""
-
-
-def processes(*jobs):
-    """Command lines of all processes of these jobs' Ray."""
-    return [command_of(pid) for pid in pids(*(f" {role} {job}" for job in jobs for role in ("head", "worker")))]
-
-
-def nothing_left(*jobs):
-    return not processes(*jobs) and not [f for job in jobs for f in glob.glob(f"/tmp/ray_{job}.*")]
-
-
-def best_of(log):
-    return ast.literal_eval(log.split("Best Trial Result:\n", 1)[1].splitlines()[0])
-
-
-def table_of(log):
-    """Rows of the boxed table as dicts."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in log.splitlines() if line.startswith("| ")]
-    return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
-
-
-def reports_of(run_dir):
-    """All reports of each trial, from Tune's own results: {trial name: [report]}."""
-    return {path.parent.name: [json.loads(line) for line in path.read_text().splitlines()] for path in run_dir.glob("tune/*/result.json")}
-
-
-def at_once(log):
-    """The largest number of trials in flight."""
-    running, most = 0, 0
-    for line in log.splitlines():
-        if re.search(r"search \| TorchTrainer_\S+  started", line):
-            running += 1
-        elif re.search(r"search \| TorchTrainer_\S+  (stopped|finished|ended|FAILED)", line):
-            running -= 1
-        most = max(most, running)
-    return most
-
-
-def check_log(log, job, status=0):
-    """What every log must be: framed, short, no line twice, nothing that is not for students."""
-    lines = log.splitlines()
-    assert re.fullmatch(rf"===== JOB {job} START  : \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \S+ =====", lines[0])
-    assert re.fullmatch(rf"===== JOB {job} FINISH : \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \S+ =====", lines[-1])
-    body = [line for line in lines[1:-1] if not line.startswith("+--")]
-    assert len(body) < 150
-    assert len(set(body)) == len(body), [line for line in body if body.count(line) > 1]
-    noise = [line for line in body if re.search(r"warn|deprecat|it/s|%\||\x1b|LOAD_|Traceback|Killed|\(raylet\)", line, re.IGNORECASE)]
-    assert not noise
-
-
-def check_results(log, run_dir, trials, epochs):
-    """Table, best line and Tune's own results agree; reports are one an epoch."""
-    reports, rows, best = reports_of(run_dir), table_of(log), best_of(log)
-    assert len(rows) == len(reports) == trials
-    for name, reported in reports.items():
-        assert [report["training_iteration"] for report in reported] == list(range(1, len(reported) + 1))
-        assert [report["epoch"] for report in reported] == [float(i) for i in range(1, len(reported) + 1)]
-        assert len(reported) <= epochs
-        row = next(row for row in rows if row["Trial name"] == name)
-        assert row["status"] == "TERMINATED" and int(row["iter"]) == len(reported)
-        assert float(row["eval_loss"]) == pytest.approx(reported[-1]["eval_loss"], rel=1e-4)
-    everything = [report for reported in reports.values() for report in reported]
-    lowest = min(everything, key=lambda report: report["eval_loss"])
-    assert best == {"eval_loss": lowest["eval_loss"], "epoch": lowest["epoch"], "time_total_s": lowest["time_total_s"],
-                    "config": {"train_loop_config": lowest["config"]["train_loop_config"]}}
-    return reports
-
-
-def seconds_of(record):
-    """Start and end of a job by Slurm's record, in s."""
-    return [time.mktime(time.strptime(record[key], "%Y-%m-%dT%H:%M:%S")) for key in ("StartTime", "EndTime")]
+from conftest import (
+    HEAD,
+    REPO,
+    SMALL,
+    SPACE,
+    Cluster,
+    at_once,
+    best_of,
+    check_log,
+    check_results,
+    command_of,
+    copy_of_the_course,
+    job_of,
+    nothing_left,
+    pids,
+    processes,
+    quickstart,
+    seconds_of,
+    table_of,
+    wait_for,
+)
 
 
 def fill_tables(*arguments):
@@ -317,22 +194,17 @@ def test_cancelled_at_any_moment_nothing_is_left(cluster, demo, squad, moment):
     wait_for(lambda: not cluster("squeue", "--noheader") and nothing_left(job, *workers), 30, "jobs, processes and folders to be gone")
 
 
-def quickstart(course, *command, **variables):
-    """The exercise without Slurm in a copy of the repository: (exit status, log)."""
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | variables
-    run = subprocess.run(command or ["bash", HEAD], cwd=course, env=environ, text=True, check=False, stdout=subprocess.PIPE, timeout=900)
-    return run.returncode, run.stdout
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    """The quickstart, to its end. -> (the exercise's folder, exit status, log)"""
+    course = copy_of_the_course(tmp_path_factory.mktemp("quick"))
+    status, output = quickstart(course, "bash", str(course.parents[3] / "scripts/quickstart.sh"))
+    return course, status, output[output.index("=====") :]
 
 
-def job_of(log):
-    return re.search(r"===== JOB (\S+) START", log)[1]
-
-
-def test_quickstart(course):
+def test_quickstart(quick_run):
     """One command, no Slurm: twelve trials on a machine that holds one at a time."""
-    top = course.parents[3]
-    status, output = quickstart(course, "bash", str(top / "scripts/quickstart.sh"))
-    log = output[output.index("=====") :]
+    course, status, log = quick_run
     assert status == 0
     job = job_of(log)
     check_log(log, job)
@@ -349,6 +221,45 @@ def test_quickstart(course):
     assert max(losses) > 2 * min(losses)  # the learning rate matters
     assert log == (course / f"logs/ray_head_bloom_5epochs-{job}.out").read_text()
     assert nothing_left(job)
+
+
+def decisions(run_dir):
+    """What the scheduler decided, in order: [(trial's number, epoch, loss, decision)]."""
+    rows = map(json.loads, (run_dir / "reports.jsonl").read_text().splitlines())
+    return [(int(row["trial_id"][-5:]), row["epoch"], row["eval_loss"], row["decision"]) for row in rows]
+
+
+def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, course):
+    """The quickstart's first five trials, the search killed in the fourth, RESUME: the same configurations and decisions."""
+    whole, _, log = quick_run
+    command = ["bash", str(course.parents[3] / "scripts/quickstart.sh")]
+    terminal = course / "terminal.txt"
+    with terminal.open("w") as file:
+        head = subprocess.Popen(command, env=os.environ | {"NUM_SAMPLES": "5"}, stdout=file, stderr=subprocess.STDOUT)
+    wait_for(lambda: "_00003  epoch 1/5" in terminal.read_text(), 240, "the fourth trial's first epoch")
+    job = job_of(terminal.read_text())
+    for pid in pids(f" head {job}"):
+        if "raytune_asha_hpo.py" in command_of(pid):
+            os.kill(pid, signal.SIGKILL)
+    assert head.wait(60) == 137
+    first = terminal.read_text()
+    assert "the search was ended by signal 9" in first and f"continue with: RESUME=runs/{job} bash {HEAD}" in first
+    kept = [number for number, *_, decision in decisions(course / "runs" / job) if decision == "STOP"]
+    assert kept == [0, 1, 2]
+
+    status, second = quickstart(course, *command, RESUME=f"runs/{job}", LR_LOWER="1e-5")
+    assert status == 2 and "ERROR: LR_LOWER='1e-5': the run in " in second  # not with another search space
+    status, second = quickstart(course, *command, RESUME=f"runs/{job}")
+    assert status == 0, second
+    assert not [number for number in kept if f"_{number:05d}  started" in second]  # not trained again
+    assert "_00003  started" in second and "_00004  started" in second
+    expected = [row for row in decisions(whole / "runs" / job_of(log)) if row[0] < 5]
+    found = decisions(course / "runs" / job)
+    assert [(n, e, d) for n, e, _, d in found] == [(n, e, d) for n, e, _, d in expected]
+    assert [loss for *_, loss, _ in found] == pytest.approx([loss for *_, loss, _ in expected], rel=1e-4)
+    drawn = lambda log: {row["Trial name"][-5:]: [row[key] for key in row if key.startswith("train_loop_config")] for row in table_of(log)}
+    assert drawn(second) == {number: values for number, values in drawn(log).items() if int(number) < 5}
+    assert nothing_left(job, job_of(second))
 
 
 def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(course, demo):

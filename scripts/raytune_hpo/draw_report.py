@@ -222,7 +222,7 @@ def what_mattered(run):
         if not 2 <= len(members) <= n / 2:
             continue
         h, p = kruskal(*([loss for _, loss in pairs] for pairs in members))
-        summary = [(" .. ".join(dict.fromkeys((show(min(v for v, _ in m)), show(max(v for v, _ in m))))), len(m), median(loss for _, loss in m))
+        summary = [(" .. ".join(dict.fromkeys(f"{v:.3g}" if isinstance(v, float) else show(v) for v in (min(m)[0], max(m)[0]))), len(m), median(loss for _, loss in m))
                    for m in members]
         rows.append((name, summary, float(h) / (n - 1), (len(members) - 1) / (n - 1), float(p)))
     return sorted(rows, key=lambda row: row[-1]), n, epoch

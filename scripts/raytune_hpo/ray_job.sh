@@ -40,7 +40,12 @@ node_address() {                                       # the address other nodes
 
 count_gpus() {                                         # GPUs that PyTorch can use here, not those that Slurm promises
     local gpus
-    gpus=$(python -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || gpus=0
+    # Counting is not enough: a build of PyTorch without kernels for this GPU sees it, and fails at the first sum.
+    gpus=$(python -c '
+import torch
+print(sum(int(torch.ones(1, device=f"cuda:{i}").sum().item()) for i in range(torch.cuda.device_count())))' 2>&1) ||
+        fail "PyTorch does not run on this node: $(tail -n 1 <<<"$gpus"); install the build for its GPU (V100: environment.yml)"
+    gpus=$(tail -n 1 <<<"$gpus")
     if ((gpus == 0)) && [[ -e /dev/nvidiactl ]] && [[ ${GPUS_PER_WORKER:-1} != 0 ]]; then
         fail "this node has an NVIDIA driver but PyTorch sees no GPU; check with: python -c 'import torch; torch.zeros(1).cuda()'"
     fi
@@ -58,6 +63,7 @@ prepare_ray() {                                        # environment, folder and
     RAY_TMP=$(mktemp -d "/tmp/ray_$JOB.XXXX")
     RAY_LOG=$RUN_DIR/ray_$ROLE-$JOB.log
     : >"$RAY_LOG"
+    watch_over
 }
 
 # start_ray OPTIONS...: in the background, in the foreground of a process that can be watched: $RAY
@@ -83,6 +89,7 @@ owned_pids() {
 # Ray starts a dozen processes, some of which survive their parent. All inherit the mark that owned() set, and no other
 # process has it: 'ray stop' would end every Ray process of the user on this node, other runs' too.
 end_owned() {
+    [[ -z ${WATCH:-} ]] || kill -s KILL "$WATCH" 2>/dev/null
     local pids signal deadline=$((SECONDS + 2))
     disown -a                                          # else bash reports each of them as "Killed" in the log
     for signal in TERM KILL; do
@@ -94,6 +101,17 @@ end_owned() {
         deadline=$((SECONDS + 5))
     done
     rm -rf "${RAY_TMP:-}"
+}
+
+# Traps do not run when this shell is killed (kill -9, out of memory). Then a second one ends what it has started.
+watch_over() {
+    local shell=$$
+    (
+        trap '' TERM INT HUP
+        while kill -0 "$shell"; do sleep 1; done
+        end_owned
+    ) >/dev/null 2>&1 </dev/null &
+    WATCH=$!
 }
 
 # wait_until SECONDS "what for" CHECK...: until CHECK succeeds. Fails at the deadline. CHECK itself calls fail when what

@@ -18,11 +18,11 @@ GRID_CSV = "lr,per_device_bs,wd,eval_loss,epoch,runtime_s"  # the first line of 
 MAX_BYTES = 200_000_000  # of a log; a real one has some 10 kB
 BANNER = re.compile(r"===== JOB (\S+) (START|FINISH) *: (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) ?(.*?) =====")
 CLOCK = re.compile(r"(\d\d):(\d\d):(\d\d) (\S+)(?: \S+)? \| (.*)")
-EVENT = re.compile(r"(\S.*?)  (started|epoch|stopped|finished|ended|FAILED)(?: +(.*))?$")
-REPORT = re.compile(r"(\d+(?:\.\d+)?)/\d+ +eval_loss (\S+)")
-JOINED = re.compile(r"worker \d+/\d+ joined: job (\S+) on .*?\d+ CPUs, (\d+) GPUs, (\d+) trial")
-HELD = re.compile(r"worker job (\S+) held its node for (\d+) s")
-CLUSTER = re.compile(r"cluster: (\d+(?:\.\d+)?) trial\(s\) at once, (\d+) workers each, on (GPUs|CPUs)")
+EVENT = re.compile(r"(\S.*?)  (started|epoch|stopped|finished|ended|lost|FAILED)(?: +(.*))?$")
+REPORT = re.compile(r"(\d{1,9}(?:\.\d+)?)/\d+ +eval_loss (\S+)")
+JOINED = re.compile(r"worker \d+/\d+ joined: job (\S+) on .*?\d+ CPUs, (\d{1,5}) GPUs, (\d{1,5}) trial")
+HELD = re.compile(r"worker job (\S+) held its node for (\d{1,9}) s")
+CLUSTER = re.compile(r"cluster: (\d{1,9}(?:\.\d+)?) trial\(s\) at once, (\d+) workers each, on (GPUs|CPUs)")
 SETTING = re.compile(r"  ([A-Z][A-Z0-9_]*) +(\S.*)?$")
 MANUAL = re.compile(r"(RESULT|FAILED) ((?:[\w.]+=\S+ ?)+)(?:: (.*))?$")
 NOT_TEXT = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # colours and control characters
@@ -234,9 +234,13 @@ def read_event(run, name, what, rest, second):
         trial.params |= {key: value_of(value) for key, _, value in (word.partition(" ") for word in words if word)}
     elif what == "epoch":
         if report := REPORT.match(rest or ""):
-            trial.reports.append((float(report[1]), float(number_or(value_of(report[2]), math.nan))))
-            trial.epochs = max(trial.epochs, round(float(report[1])))
-            trial.at[float(report[1])] = None if trial.start is None else second - trial.start
+            epoch = float(report[1])
+            # a trial that lost its node reports its first epochs again
+            trial.reports = [r for r in trial.reports if r[0] != epoch] + [(epoch, float(number_or(value_of(report[2]), math.nan)))]
+            trial.epochs = max(trial.epochs, round(epoch))
+            trial.at[epoch] = None if trial.start is None else second - trial.start
+    elif what == "lost":
+        trial.start, trial.status = None, "pending"
     else:
         trial.end = second
         trial.status = {"finished": "finished", "stopped": "stopped by ASHA", "ended": "diverged"}.get(what, "FAILED")
@@ -267,7 +271,8 @@ def read_best(text):
         found = ast.literal_eval(text) if len(text) < 20_000 else None
         params = found["config"].get("train_loop_config", found["config"])
         best = {key: finite_or_none(found.get(key)) for key in ("eval_loss", "epoch", "time_total_s")}
-        return best | {"params": dict(params)} if best["eval_loss"] is not None else None
+        params = {str(key): value if isinstance(value, (int, float, str, type(None))) else str(value) for key, value in params.items()}
+        return best | {"params": params} if best["eval_loss"] is not None else None
     except (ValueError, SyntaxError, TypeError, KeyError, AttributeError, RecursionError, MemoryError):
         return None
 
@@ -325,7 +330,7 @@ def parse_log(path):
                 run.nodes.append((run.now, int(joined[2]), int(joined[3]), joined[1]))
             elif held := HELD.search(text):
                 run.held[held[1]] = int(held[2])
-            elif ended := re.match(r"ended with exit status (\d+)", text):
+            elif ended := re.match(r"ended with exit status (\d{1,3})", text):
                 run.exit_status = int(ended[1])
         elif in_settings and (setting := SETTING.match(line)):
             run.settings[setting[1]] = (setting[2] or "").strip()
@@ -338,7 +343,7 @@ def parse_log(path):
         elif line == GRID_CSV:  # the grid's file at the end of its log: also results of earlier jobs
             for row in csv.DictReader([line, *itertools.takewhile(re.compile(r"[\d.e+-]+,\d").match, lines[number + 1 :])]):
                 read_manual(run, "RESULT", " ".join(f"{key}={value}" for key, value in row.items() if key and value), "")
-        elif gpus := re.match(r"GPUs: (\d+)$", line):
+        elif gpus := re.match(r"GPUs: (\d{1,5})$", line):
             run.manual_gpus = int(gpus[1])
     if role == "worker" and not ours:
         raise NotALog(f"{path}: is the log of a worker job; give the head's, logs/ray_head_bloom_5epochs-<jobid>.out")
@@ -379,9 +384,9 @@ def parse_folder(folder):
             text = result.read_text(encoding="utf-8") if result.is_file() else ""
             rows = [json.loads(line) for line in text.split("\n") if line.endswith("}")]  # not one half written
             trial.params = dict(params.get("train_loop_config", params))
-            trial.reports = [(float(row["epoch"]), float(row["eval_loss"])) for row in rows if "eval_loss" in row]
+            trial.reports = list({float(row["epoch"]): float(row["eval_loss"]) for row in rows if "eval_loss" in row}.items())
             if rows:
-                trial.last, trial.epochs, trial.runtime = trial.reports[-1][1], rows[-1]["training_iteration"], rows[-1]["time_total_s"]
+                trial.last, trial.epochs, trial.runtime = trial.reports[-1][1], round(trial.reports[-1][0]), rows[-1]["time_total_s"]
                 trial.at = {float(row["epoch"]): row["time_total_s"] for row in rows}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             run.notes.append(f"{path.parent.name}: its results cannot be read ({type(error).__name__}); values are those of the log")

@@ -22,6 +22,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -34,6 +35,7 @@ from types import SimpleNamespace
 DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_config.json"
 MAX_LENGTH = 512  # tokens of prompt + answer + end-of-sequence; longer contexts are cut (see encode)
 EVAL_BATCH_SIZE = 8  # samples per device; it does not change eval_loss (see AnswerLossTrainer)
+RESTARTS = 3  # of a trial whose node was lost
 
 
 # ======================================================================================================================
@@ -58,9 +60,13 @@ def scheduler(s):
     """ASHA: at epochs 1, 2, 4 (the rungs) a trial goes on only if it is among the better half seen at that rung."""
     from ray.tune.schedulers import ASHAScheduler
 
-    return ASHAScheduler(
+    class ASHA(Remembers, ASHAScheduler):
+        """ASHA that knows its rungs again when the run is continued."""
+
+    return ASHA(
         metric="eval_loss",
         mode="min",
+        time_attr="epoch",  # as reported, so a trial that starts again from a checkpoint is judged at its true epoch
         grace_period=1,  # epochs every trial may train
         max_t=s.NUM_EPOCHS,  # epochs no trial trains beyond
         reduction_factor=2,  # keep the best 1/2 at each rung
@@ -135,16 +141,24 @@ VARIABLES = {  # name: (default, parser, meaning)
     "WORKERS_PER_TRIAL": ("2", number(1, 1024, kind=int), "training processes of a trial (W)"),
     "CPUS_PER_WORKER": ("2", number(1, 1024, kind=int), "CPUs of each (Cw)"),
     "GPUS_PER_WORKER": ("1", number(0, 1, kind=int), "GPUs of each (Gw); on nodes without GPUs 0, unless set"),
+    "CHECKPOINTS": ("0", number(0, 1, kind=int), "1: save each trial's last epoch (8 GB for 560M), so that a lost node costs less"),
+    "WORKER_DEADLINE": ("7200", number(1, kind=int), "seconds to wait for a worker node before giving up"),
     "SEED": ("42", number(0, 2**31 - 1, kind=int), "sampling of the search space and data, shuffling, training"),
 }
+
+
+MAY_CHANGE = ("WORKER_NODES", "CPUS_PER_WORKER", "WORKER_DEADLINE")  # when a run is continued; the others decide its results
 
 
 def read_settings(environ, look_into_folders=False):
     """The variables above as attributes, checked; with look_into_folders also what MODEL_NAME and SQUAD_DATA hold.
 
-    Raises InputError: one line for each variable that is wrong, or whose name looks like a misspelt one of ours.
+    With RESUME they are those of that run. Raises InputError: one line for each variable that is wrong, or whose name
+    looks like a misspelt one of ours.
     """
     settings, problems = SimpleNamespace(), []
+    if environ.get("RESUME"):
+        environ = settings_of_the_run(environ)
     for name, (default, parse, _) in VARIABLES.items():
         text = environ.get(name, default)
         try:
@@ -167,6 +181,26 @@ def read_settings(environ, look_into_folders=False):
     # Whether GPUs are asked for, or only used where there are any, is decided by whether the user said so.
     settings.gpus_required = "GPUS_PER_WORKER" in environ
     return settings
+
+
+def settings_of_the_run(environ):
+    """environ with the variables of the run in the folder RESUME. Raises InputError: no such run, or others are asked for."""
+    folder = environ["RESUME"]
+    try:
+        saved = dict(json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise InputError(
+            f"RESUME={folder!r:.500}: no settings.json of a search in this folder; give a folder such as runs/12345, or, if that "
+            "run ended before its search began, submit a new one without RESUME"
+        ) from None
+    others = [
+        f"{name}={environ[name]!r:.500}: the run in {folder} has {saved.get(name, 'the default')!r}; unset {name}, or start a new run without RESUME"
+        for name in VARIABLES
+        if name in environ and name not in MAY_CHANGE and saved.get(name) not in (environ[name], os.path.realpath(os.path.expanduser(environ[name])))
+    ]
+    if others:
+        raise InputError("\n".join(others))
+    return environ | saved | {name: environ[name] for name in MAY_CHANGE if name in environ}
 
 
 # Names of our own in the search space -> fields of transformers.TrainingArguments. All other keys are such fields.
@@ -322,8 +356,10 @@ def collate(rows, pad_id, trim_logits=True):
 # ======================================================================================================================
 # Training: one configuration, with or without Ray
 # ======================================================================================================================
-def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
+def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), checkpoints=None):
     """Train one configuration for NUM_EPOCHS epochs, with an evaluation after each; returns the Trainer.
+
+    checkpoints: a folder that keeps the state after the last epoch; if it holds one, training goes on from there.
 
     Runs in every process of a data-parallel group, or in a single process. hyperparameters: the drawn
     train_loop_config. The loss to compare is `eval_loss`: mean negative log-likelihood (nats) per answer token.
@@ -334,6 +370,7 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
 
     gpu = torch.cuda.is_available() and s.GPUS_PER_WORKER > 0
     if not gpu:
@@ -374,8 +411,9 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
             "use_cpu": not gpu,
             "deepspeed": DS_CONFIG and str(DS_CONFIG),
             "seed": s.SEED,
-            "output_dir": scratch,
-            "save_strategy": "no",
+            "output_dir": checkpoints or scratch,
+            "save_strategy": "epoch" if checkpoints else "no",
+            "save_total_limit": 1,
             "logging_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
@@ -405,7 +443,7 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)  # it prints a line for each evaluation, in every process
-        trainer.train()
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints and os.path.isdir(checkpoints) else None)
     return trainer
 
 
@@ -426,23 +464,30 @@ def train_loop_per_worker(config):
             ray.train.report({"eval_loss": loss if math.isfinite(loss) else math.nan, "epoch": round(state.epoch, 2)})
 
     train_rows, eval_rows = ray.get(config["data"])
-    fine_tune(config["hyperparameters"], config["settings"], train_rows, eval_rows, [TuneReportCallback()])
+    fine_tune(config["hyperparameters"], config["settings"], train_rows, eval_rows, [TuneReportCallback()], config["checkpoints"])
 
 
 def run_trial(config, settings, data, use_gpu, run_dir):
     """One trial: a TorchTrainer with W workers on one node. Tune may end it at any report."""
+    import ray
     from ray import train, tune
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback as ForwardReportsToTune
 
     TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"hyperparameters": config["train_loop_config"], "settings": settings, "data": data[0]},
+        train_loop_config={
+            "hyperparameters": config["train_loop_config"],
+            "settings": settings,
+            "data": data[0],
+            "checkpoints": settings.CHECKPOINTS and str(run_dir / "checkpoints" / tune.get_context().get_trial_id()),
+        },
         scaling_config=train.ScalingConfig(
             num_workers=settings.WORKERS_PER_TRIAL,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": settings.CPUS_PER_WORKER, **({"GPU": settings.GPUS_PER_WORKER} if use_gpu else {})},
-            placement_strategy="STRICT_PACK",  # all on one node, the one that offered the trial slot's resources
+            # All on this node, whose slot the trial has taken: the loss of another node is then none of its business.
+            label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
         ),
         run_config=train.RunConfig(
             name=tune.get_context().get_trial_id(),
@@ -463,6 +508,7 @@ QUIETER_AND_FASTER = {  # for every process of the run
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a busy node may need longer than the default 60 s
     "RAY_AIR_NEW_OUTPUT": "0",  # the boxed table of trials
     "TUNE_WARN_THRESHOLD_S": "60",
+    "TUNE_GLOBAL_CHECKPOINT_S": "0.5",  # how old the saved state of the trials can be from which a run is continued
     "TORCHDYNAMO_DISABLE": "1",  # else DeepSpeed loads torch's compiler for an optimizer not used here: 1.3 s a trial
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -533,6 +579,53 @@ def squad_problems(s):
     return problems
 
 
+class Remembers:
+    """In front of a Tune scheduler class: its decisions outlive the process. Ray restores trials, not their scheduler.
+
+    Each report and the decision on it is a line of the file `journal`. When a run is continued the scheduler is told all
+    of them once more, in order, so its rungs are what they were. A trial that runs again, be it after the loss of a
+    node, gets the decisions that it had at the same epochs.
+    """
+
+    journal = None  # Path
+    decisions = None  # {(trial id, epoch): decision}
+
+    def on_trial_add(self, controller, trial):
+        if self.decisions is None:
+            self.decisions, past = {}, self.journal.read_text().splitlines() if self.journal.exists() else []
+            for row in map(json.loads, past):
+                told = SimpleNamespace(trial_id=row["trial_id"])
+                super().on_trial_add(controller, told)
+                super().on_trial_result(controller, told, row)
+                self.decisions[row["trial_id"], row["epoch"]] = row["decision"]
+        super().on_trial_add(controller, trial)
+
+    def on_trial_result(self, controller, trial, result):
+        row = {"trial_id": trial.trial_id, "epoch": result["epoch"], "eval_loss": result["eval_loss"]}
+        key = (row["trial_id"], row["epoch"])
+        if key not in self.decisions:
+            self.decisions[key] = super().on_trial_result(controller, trial, result)
+            with self.journal.open("a") as file:
+                file.write(json.dumps(row | {"decision": self.decisions[key]}) + "\n")
+        return self.decisions[key]
+
+    def choose_trial_to_run(self, controller):
+        waiting = [trial for trial in controller.get_trials() if trial.status == "PENDING"]
+        return min(waiting, key=lambda trial: trial.trial_id, default=None)  # in the order drawn, also when continued
+
+
+def try_again(trial):
+    """Does Ray start a trial again that ended with an error? Only if its processes were lost, with their node as a rule.
+
+    An error in the training itself would only come again.
+    """
+    from ray import cloudpickle
+    from ray.exceptions import RayActorError
+
+    error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()) if trial.pickled_error_file else None
+    return trial.run_metadata.num_failures <= trial.max_failures and isinstance(error, RayActorError)
+
+
 def best_report(results):
     """The lowest finite eval_loss of all reports of all trials without error, or None.
 
@@ -565,10 +658,14 @@ def search(s, run_dir):
         raise InputError("RAY_ADDRESS is not set: the search needs a Ray cluster; start both with the head script (see --help)")
     os.environ.update(QUIETER_AND_FASTER)
     data = load_squad(s)
+    if not (run_dir / "settings.json").exists():  # for RESUME
+        texts = {name: os.environ.get(name, default) for name, (default, *_) in VARIABLES.items() if name != "GPUS_PER_WORKER" or s.gpus_required}
+        (run_dir / "settings.json").write_text(json.dumps(texts | {"MODEL_NAME": s.MODEL_NAME, "SQUAD_DATA": s.SQUAD_DATA}, indent=1))
     say(f"data: {len(data[0])} training and {len(data[1])} validation questions as tokens, from {s.SQUAD_DATA}")
 
     import ray
     from ray import tune
+    from ray.tune.experiment import Trial
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
     # Each worker node offers one trial_slot for each trial that it can hold (worker_capacity.py), and each trial takes
@@ -585,6 +682,9 @@ def search(s, run_dir):
     if s.gpus_required and s.GPUS_PER_WORKER and not use_gpu:
         raise InputError(f"GPUS_PER_WORKER={s.GPUS_PER_WORKER}: the worker nodes have no GPU; set 0, or use GPU nodes")
     say(f"cluster: {resources.get('trial_slot', 0):g} trial(s) at once, {s.WORKERS_PER_TRIAL} workers each, on {'GPUs' if use_gpu else 'CPUs'}")
+
+    # No more trials are made ready than can start, so they start in the order drawn (see choose_trial_to_run).
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, int(resources.get("trial_slot", 0))))
 
     class Progress(tune.Callback):
         """One line for each start, report and end of a trial."""
@@ -604,6 +704,11 @@ def search(s, run_dir):
                 end = "finished   all epochs" if epoch >= s.NUM_EPOCHS else f"stopped    by ASHA after epoch {epoch}"
             say(f"{trial}  {end}")
 
+            shutil.rmtree(run_dir / "checkpoints" / trial.trial_id, ignore_errors=True)
+
+        def on_trial_recover(self, iteration, trials, trial, **info):
+            say(f"{trial}  lost       with its node ({trial.run_metadata.num_failures} of at most {RESTARTS} times); starts again")
+
         def on_trial_error(self, iteration, trials, trial, **info):
             say(f"{trial}  FAILED     {cause_of(Path(trial.error_file).read_text() if trial.error_file else '')}")
 
@@ -614,15 +719,22 @@ def search(s, run_dir):
             return done
 
         def report(self, trials, done, *system_info):
-            lines = self._progress_str(trials, done, *system_info).splitlines()
+            text = self._progress_str(sorted(trials, key=lambda trial: trial.trial_id), done, *system_info)
+            lines = text.split("Number of errored trials")[0].splitlines()  # these are named below, with their cause
             print(*(line for line in lines if line.startswith(("+", "|", "Number of trials"))), sep="\n", flush=True)
 
-    results = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, settings=s, data=[ray.put(data)], use_gpu=use_gpu, run_dir=run_dir), {"trial_slot": 1}),
+    continued = any(run_dir.glob("tune/experiment_state-*.json"))  # RESUME, or Slurm has started the job once more
+    Trial.should_recover = try_again
+    asha = scheduler(s)
+    asha.journal = run_dir / "reports.jsonl"
+    trainable = tune.with_parameters(run_trial, settings=s, data=[ray.put(data)], use_gpu=use_gpu, run_dir=run_dir)
+    trainable = tune.with_resources(trainable, {"trial_slot": 1})
+    tuner = tune.Tuner(
+        trainable,
         param_space=search_space(s),
         tune_config=tune.TuneConfig(
             num_samples=s.NUM_SAMPLES,
-            scheduler=scheduler(s),
+            scheduler=asha,
             search_alg=BasicVariantGenerator(random_state=s.SEED),
             trial_name_creator=lambda trial: f"TorchTrainer_{trial.trial_id}",
             trial_dirname_creator=lambda trial: f"TorchTrainer_{trial.trial_id}",
@@ -630,6 +742,7 @@ def search(s, run_dir):
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(run_dir),
+            failure_config=tune.FailureConfig(max_failures=RESTARTS),
             stop=lambda trial_id, result: not math.isfinite(result["eval_loss"]),  # a diverged trial ends at once
             callbacks=[Progress()],
             progress_reporter=FinalTable(
@@ -640,7 +753,11 @@ def search(s, run_dir):
             ),
             verbose=1,
         ),
-    ).fit()
+    )
+    if continued:
+        tuner = tune.Tuner.restore(str(run_dir / "tune"), trainable, resume_unfinished=True, restart_errored=True, param_space=search_space(s))
+        say(f"continues the run in {run_dir}: finished and stopped trials stay as they are")
+    results = tuner.fit()
 
     failed = [result for result in results if result.error]
     for result in failed:

@@ -1,0 +1,179 @@
+"""What a cluster does to a run: nodes, processes and jobs end at any moment. Real signals on real Slurm, Ray and training."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import (
+    HEAD,
+    SMALL,
+    SPACE,
+    check_log,
+    command_of,
+    job_of,
+    nothing_left,
+    pids,
+    quickstart,
+    table_of,
+    wait_for,
+)
+
+BUSY = {"CPUS_PER_WORKER": "4"}  # two trials at once on a node of the sandbox: enough for its two real cores
+
+
+def processes_with(word, *marks):
+    """Processes of jobs (" role job") whose command line has a word."""
+    return [pid for pid in pids(*marks) if word in command_of(pid)]
+
+
+def nothing_is_left(cluster, job, seconds=60):
+    workers = cluster.workers(job)
+    wait_for(lambda: not cluster("squeue", "--noheader") and nothing_left(job, *workers), seconds, "jobs, processes and folders to be gone")
+
+
+def demo_run(demo, **variables):
+    return SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")} | variables
+
+
+def test_a_worker_job_that_is_cancelled_costs_its_trials_a_restart(cluster, demo):
+    """Two worker nodes, one is lost in mid-trial: the other one goes on, a third takes its place, no trial is lost."""
+    job = cluster.submit(**demo_run(demo, WORKER_NODES="2", NUM_SAMPLES="4", NUM_EPOCHS="2", **BUSY))
+    first, second = wait_for(lambda: len(w := cluster.workers(job)) == 2 and w, 60, "two workers")
+    wait_for(lambda: all(processes_with("RayTrainWorker", f" worker {worker}") for worker in (first, second)), 240, "training on both nodes")
+    cluster("scancel", first)
+    assert cluster.wait_for_end(job, 400)["JobState"] == "COMPLETED", cluster.log(job)
+    log = cluster.log(job)
+    check_log(log, job)
+    lost = re.findall(r"(TorchTrainer_\S+)  lost       with its node \(1 of at most 3 times\); starts again", log)
+    assert 1 <= len(lost) <= 2 and len(set(lost)) == len(lost)
+    assert f"worker job {first} has ended before the search: see logs/ray_worker_bloom_5epochs-{first}.out" in log
+    assert re.search(r"submitted worker 3/3: job \d+", log)
+    rows = table_of(log)
+    assert len(rows) == 4 and all(row["status"] == "TERMINATED" for row in rows)
+    assert {row["Trial name"] for row in rows} >= set(lost)
+    nothing_is_left(cluster, job)
+
+
+def test_the_only_worker_is_replaced_when_its_ray_dies(cluster, demo):
+    """kill -9 of its raylet. With checkpoints the trial goes on after its last epoch."""
+    job = cluster.submit(**demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="4", CHECKPOINTS="1", TRAIN_SAMPLES="200", **BUSY))
+    wait_for(lambda: "epoch 2/4" in cluster.log(job), 240, "the second epoch")
+    (worker,) = cluster.workers(job)
+    for pid in processes_with("raylet/raylet", f" worker {worker}"):
+        os.kill(pid, signal.SIGKILL)
+    assert cluster.wait_for_end(job, 300)["JobState"] == "COMPLETED", cluster.log(job)
+    log = cluster.log(job)
+    check_log(log, job)
+    assert f"worker job {worker} has ended before the search: ERROR: Ray on this node has ended" in log
+    after = log.split("lost       with its node", 1)[1]
+    epochs = [int(epoch) for epoch in re.findall(r"epoch (\d)/4", after)]
+    assert epochs[0] in (3, 4) and epochs[-1] == 4  # not from the start
+    assert "finished   all epochs" in after
+    assert not any((cluster.folder / "runs" / job / "checkpoints").glob("*"))  # a trial that has ended needs none
+    nothing_is_left(cluster, job)
+
+
+@pytest.mark.parametrize("victim", ["batch shell", "gcs_server"])
+def test_when_the_head_dies_the_workers_leave(cluster, demo, victim):
+    job = cluster.submit(**demo_run(demo, NUM_SAMPLES="2", **BUSY))
+    wait_for(lambda: "  started" in cluster.log(job), 120, "the first trial")
+    if victim == "batch shell":
+        (shell,) = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if f"job{int(job):05d}/slurm_script" in command_of(pid) and parent_is_slurm(pid)]
+        os.kill(shell, signal.SIGKILL)
+    else:
+        for pid in processes_with("gcs/gcs_server", f" head {job}"):
+            os.kill(pid, signal.SIGKILL)
+    end = cluster.wait_for_end(job, 60)
+    assert end["JobState"] == "FAILED" and end["ExitCode"] != "0:0"
+    nothing_is_left(cluster, job)
+    if victim == "gcs_server":
+        log = cluster.log(job)
+        assert "the Ray head ended; its last words are in" in log and "FINISH" in log
+        assert f"continue with: RESUME=runs/{job} sbatch {HEAD}" in log
+
+
+def parent_is_slurm(pid):
+    parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return "slurmstepd" in command_of(parent)
+
+
+def test_a_worker_that_cannot_work_tells_the_head_why(cluster, demo):
+    """A torch without kernels for the GPU of the node, which this machine does not have: a stand-in that fails as it does."""
+    torch = cluster.folder / "torch.py"
+    torch.write_text("raise RuntimeError('CUDA error: no kernel image is available for execution on the device')\n")
+    worker = cluster.folder / "worker_node_raytune_asha_hpo.slurm"
+    worker.write_text(worker.read_text().replace("umask 077\n", f"umask 077\nexport PYTHONPATH={cluster.folder}\n"))
+    job = cluster.submit(**demo_run(demo))
+    assert cluster.wait_for_end(job, 90)["ExitCode"] == "1:0"
+    assert re.search(r"ERROR: no worker joined and none is queued; the last one says: ERROR: PyTorch does not run on this node: "
+                     r"RuntimeError: CUDA error: no kernel image is available for execution on the device; install the build for its GPU", cluster.log(job))
+    nothing_is_left(cluster, job)
+
+
+def test_workers_that_stay_pending_are_waited_for_until_the_deadline(cluster, demo):
+    blocker = cluster("sbatch", "--parsable", "--nodes=2", "--nodelist=worker1,worker2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 300").strip()
+    wait_for(lambda: cluster.job(blocker)["JobState"] == "RUNNING", 30, "the nodes to be taken")
+    job = cluster.submit(**demo_run(demo, WORKER_DEADLINE="5"))
+    assert cluster.wait_for_end(job, 90)["ExitCode"] == "1:0"
+    assert "ERROR: waited 5 s for the first worker to join; giving up" in cluster.log(job)
+    cluster("scancel", blocker)
+    nothing_is_left(cluster, job)
+
+
+def test_a_run_whose_folder_a_worker_cannot_see_says_so(cluster):
+    job = cluster("sbatch", "--parsable", "worker_node_raytune_asha_hpo.slurm", "/no/such/experiments/raytune/scheduler/asha/runs/1", "1").strip()
+    cluster.wait_for_end(job, 30)
+    assert "ERROR: this node does not see the run folder /no/such/" in cluster.log(job, "worker")
+
+
+def test_a_requeued_job_goes_on_where_it_was(cluster, demo):
+    job = cluster.submit(**demo_run(demo, NUM_SAMPLES="2", NUM_EPOCHS="2", WORKERS_PER_TRIAL="1", CPUS_PER_WORKER="10"))
+    wait_for(lambda: re.search(r"_00000  (stopped|finished)", cluster.log(job)), 240, "the first trial's end")
+    time.sleep(1)  # Ray saves the state of the trials every half second
+    cluster("scontrol", "requeue", job)
+    wait_for(lambda: cluster.job(job)["JobState"] == "PENDING", 60, "the job to be queued again")
+    cluster("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm itself would wait two minutes
+    assert cluster.wait_for_end(job, 240)["JobState"] == "COMPLETED", cluster.log(job)
+    log = cluster.log(job)
+    assert log.count(" START ") == log.count(" FINISH ") == 2
+    again = log.split(" START ")[2]
+    assert "continues the run in" in again
+    assert "_00000  started" not in again and "_00001  started" in again and len(table_of(again)) == 2
+    nothing_is_left(cluster, job)
+
+
+def test_a_training_process_that_is_killed_fails_its_trial_alone(course, demo):
+    """As the kernel does when memory runs out."""
+    terminal = course / "terminal.txt"
+    with terminal.open("w") as file:
+        head = subprocess.Popen(["bash", HEAD], cwd=course, env=os.environ | demo_run(demo, NUM_SAMPLES="2", NUM_EPOCHS="2"), stdout=file, stderr=subprocess.STDOUT)
+    wait_for(lambda: "  started" in terminal.read_text(), 120, "the first trial")
+    job = job_of(terminal.read_text())
+    trainer, *_ = wait_for(lambda: processes_with("RayTrainWorker", f" head {job}"), 120, "its training processes")
+    os.kill(trainer, signal.SIGKILL)
+    assert head.wait(240) == 0
+    log = terminal.read_text()
+    check_log(log, job)
+    assert len(re.findall(r"_00000  FAILED     \S*Error.*(died|killed)", log)) == 1 and "_00001  finished" in log
+    tables = (course / "runs" / job / "tables.md").read_text()
+    assert re.search(r"^- combo 0 \(TorchTrainer_\S+\): FAILED: .*(died|killed)", tables, re.MULTILINE) or "combo 0 (TorchTrainer" in tables
+    assert [row["status"] for row in table_of(log)] == ["ERROR", "TERMINATED"]
+
+
+def test_a_run_folder_that_is_full_ends_the_run_with_the_reason(course, demo):
+    runs = course / "runs"
+    runs.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", runs], check=False, capture_output=True).returncode:
+        pytest.skip("only root can make a file system")
+    try:
+        status, log = quickstart(course, **demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="1"))
+    finally:
+        subprocess.run(["umount", "-l", runs], check=True)
+    assert status not in (0, 124) and "FINISH" in log
+    assert re.search(r"ERROR: .*(No space left|disk|quota)", log), log
+    assert "Traceback" not in log
+    assert nothing_left(job_of(log))
