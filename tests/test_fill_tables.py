@@ -564,3 +564,15 @@ def test_a_report_of_a_thousand_trials(tmp_path):
     answer = fill("--plots", tmp_path / "plots", tmp_path / "many.out")
     assert answer.returncode == 0 and not answer.stderr
     assert (tmp_path / "plots/report.html").stat().st_size < 12_000_000
+
+
+def test_a_trial_that_lost_its_node_counts_each_epoch_once(read):
+    name = "TorchTrainer_ab_00000"
+    events = [f"10:00:10 search | {name}  started    lr 0.001  per_device_bs 1  wd 0", f"10:00:20 search | {name}  epoch 1/5  eval_loss 3.00000",
+              f"10:00:30 search | {name}  epoch 2/5  eval_loss 2.00000", f"10:00:40 search | {name}  lost       with its node (1 of at most 3 times); starts again"]
+    found, _ = read(log_of(*events))
+    assert [found["Table 2"][0][key] for key in ("status", "epochs", "eval loss")] == ["not started", "2", "2"]
+    again = [line.replace("10:00", "10:01") for line in events[:3]]
+    found, text = read(log_of(*events, *again, f"10:01:40 search | {name}  epoch 3/5  eval_loss 1.50000", f"10:01:40 search | {name}  stopped    by ASHA after epoch 3"))
+    assert [found["Table 2"][0][key] for key in ("status", "epochs", "eval loss", "runtime (s)")] == ["stopped by ASHA", "3", "1.5", "~30"]
+    assert "3 of " in text

@@ -57,9 +57,11 @@ prepare_ray() {                                        # environment, folder and
     export RAY_gcs_rpc_server_reconnect_timeout_s=10                  # workers leave soon after a head that died
     export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0                    # and at once when they are told to
     export RAY_SCHEDULER_EVENTS=0 RAY_USAGE_STATS_ENABLED=0           # nothing in the log that is not for students
+    export DASHBOARD_METRIC_PORT=-1                                   # no port: this one would ask nobody for the token
     export RAY_prestart_worker_first_driver=0                         # start processes when a trial needs them
     export RAY_worker_maximum_startup_concurrency=64                  # and all that it needs together
-    # Unix sockets allow 107 characters, of which Ray needs about 60: a short folder, on a local disk, ours alone.
+    # Unix sockets allow 107 characters, of which Ray needs about 60: a short folder, on a local disk, ours alone. Ray makes
+    # its own folder open to all users, so that is one inside.
     RAY_TMP=$(mktemp -d "/tmp/ray_$JOB.XXXX")
     RAY_LOG=$RUN_DIR/ray_$ROLE-$JOB.log
     : >"$RAY_LOG"
@@ -68,7 +70,7 @@ prepare_ray() {                                        # environment, folder and
 
 # start_ray OPTIONS...: in the background, in the foreground of a process that can be watched: $RAY
 start_ray() {
-    (owned ray start --block --node-ip-address="$(node_address)" --temp-dir="$RAY_TMP" --disable-usage-stats \
+    (owned ray start --block --node-ip-address="$(node_address)" --temp-dir="$RAY_TMP/r" --disable-usage-stats \
         --object-store-memory=500000000 --include-log-monitor=false "$@" >"$RAY_LOG" 2>&1) &
     RAY=$!
 }

@@ -518,7 +518,7 @@ QUIETER_AND_FASTER = {  # for every process of the run
 
 def say(text):
     """One line of the log, with time and role."""
-    print(f"{time.strftime('%H:%M:%S')} search | {text}", flush=True)
+    print(f"{time.strftime('%H:%M:%S')} search | {text}", file=sys.__stdout__, flush=True)
 
 
 def check_paths(s):
@@ -643,6 +643,8 @@ def best_report(results):
 
 def cause_of(error_text):
     """The line of a trace that names the error, such as "ValueError: ...": the innermost cause, stated last."""
+    if killed := re.search(r"\[Rank (\d+) Error Snippet\]:\s+A worker health check failed.*?worker process has died", error_text, re.DOTALL):
+        return f"RuntimeError: training worker {killed[1]} died; out of memory?"  # the others' errors follow from it
     lines = [line.strip() for line in error_text.splitlines() if line.strip()]
     named = [line for line in lines if line.split(":")[0].split(".")[-1].endswith(("Error", "Exception", "Interrupt"))]
     return (named or lines or ["unknown"])[-1][:200]
@@ -657,6 +659,7 @@ def search(s, run_dir):
     if not address:
         raise InputError("RAY_ADDRESS is not set: the search needs a Ray cluster; start both with the head script (see --help)")
     os.environ.update(QUIETER_AND_FASTER)
+    sys.stdout = sys.stderr  # what libraries print; the log, sys.__stdout__, is for students
     data = load_squad(s)
     if not (run_dir / "settings.json").exists():  # for RESUME
         texts = {name: os.environ.get(name, default) for name, (default, *_) in VARIABLES.items() if name != "GPUS_PER_WORKER" or s.gpus_required}
@@ -697,11 +700,11 @@ def search(s, run_dir):
             say(f"{trial}  epoch {result['epoch']:g}/{s.NUM_EPOCHS}  eval_loss {result['eval_loss']:.5f}")
 
         def on_trial_complete(self, iteration, trials, trial, **info):
-            loss, epoch = trial.last_result.get("eval_loss", math.nan), trial.last_result.get("training_iteration", 0)
+            loss, epoch = trial.last_result.get("eval_loss", math.nan), trial.last_result.get("epoch", 0)
             if not math.isfinite(loss):
-                end = f"ended      diverged at epoch {epoch}"
+                end = f"ended      diverged at epoch {epoch:g}"
             else:
-                end = "finished   all epochs" if epoch >= s.NUM_EPOCHS else f"stopped    by ASHA after epoch {epoch}"
+                end = "finished   all epochs" if epoch >= s.NUM_EPOCHS else f"stopped    by ASHA after epoch {epoch:g}"
             say(f"{trial}  {end}")
 
             shutil.rmtree(run_dir / "checkpoints" / trial.trial_id, ignore_errors=True)
@@ -721,7 +724,7 @@ def search(s, run_dir):
         def report(self, trials, done, *system_info):
             text = self._progress_str(sorted(trials, key=lambda trial: trial.trial_id), done, *system_info)
             lines = text.split("Number of errored trials")[0].splitlines()  # these are named below, with their cause
-            print(*(line for line in lines if line.startswith(("+", "|", "Number of trials"))), sep="\n", flush=True)
+            print(*(line for line in lines if line.startswith(("+", "|", "Number of trials"))), sep="\n", file=sys.__stdout__, flush=True)
 
     continued = any(run_dir.glob("tune/experiment_state-*.json"))  # RESUME, or Slurm has started the job once more
     Trial.should_recover = try_again
@@ -765,9 +768,9 @@ def search(s, run_dir):
     best = best_report(results)
     if best is None or len(results) < s.NUM_SAMPLES:
         print(f"ERROR: {len(results)} of {s.NUM_SAMPLES} trials ran, {len(failed)} failed"
-              + ("; none reported a loss: read the first trace above" if best is None else ""))
+              + ("; none reported a loss: read the first trace above" if best is None else ""), file=sys.__stdout__)
         return 1
-    print(f"Best Trial Result:\n{best}", flush=True)
+    print(f"Best Trial Result:\n{best}", file=sys.__stdout__, flush=True)
     return 0
 
 

@@ -1,0 +1,129 @@
+"""A stranger on the same node, against a search that runs. And what a run shows to all.
+
+What is reached over the network is guarded by the token, so there the stranger is one without it; files by their owner, so
+there it is another user.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import HEAD, SMALL, SPACE, copy_of_the_course, job_of, nothing_left, pids, wait_for
+
+NOBODY = 65534
+PROBE = f"""
+import json, os, sys
+import ray
+from ray._raylet import GcsClient
+what, address, run_dir, ray_tmp, stranger = sys.argv[1:]
+if stranger == "yes" and what not in ("gcs", "driver", "join"):
+    os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
+if what == "gcs":
+    print("IN", len(GcsClient(address=address).get_all_node_info(timeout=5)))
+elif what == "driver":
+    ray.init(address, log_to_driver=False)
+    print("IN", ray.get(ray.remote(num_cpus=0)(lambda: os.getpid()).remote()))
+elif what == "join":
+    from ray.scripts.scripts import cli
+    cli(["start", "--address", address, "--num-cpus=1", "--disable-usage-stats"])
+    print("IN")
+else:
+    path = {{"token": run_dir + "/token", "list": run_dir, "plant": run_dir + "/shutdown.txt", "address": run_dir + "/address", "tmp": ray_tmp}}[what]
+    print("IN", os.listdir(path) if os.path.isdir(path) else open(path, "a").close() or open(path).read())
+"""
+
+
+@pytest.fixture(scope="module")
+def running(demo, tmp_path_factory):
+    """A search on this machine, started with the laxest umask, in a folder that everybody may enter. -> (run folder, Ray's folder, job)"""
+    if os.geteuid() != 0:
+        pytest.skip("only root can act as another user")
+    course = copy_of_the_course(tmp_path_factory.mktemp("open"))
+    for folder in (course, *course.parents):
+        if str(folder).startswith("/tmp/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    log = course / "terminal.txt"
+    environ = os.environ | SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+    with log.open("w") as output:
+        head = subprocess.Popen(["bash", "-c", f"umask 000; exec bash {HEAD}"], cwd=course, env=environ, stdout=output, stderr=subprocess.STDOUT)
+    wait_for(lambda: "epoch 1/" in log.read_text(), 120, "the first report")
+    job = job_of(log.read_text())
+    (ray_tmp,) = Path("/tmp").glob(f"ray_{job}.*")
+    yield course / "runs" / job, ray_tmp, job
+    head.terminate()
+    assert head.wait(30) == 143
+    assert nothing_left(job)
+
+
+def probe(what, running, stranger):
+    run_dir, ray_tmp, _ = running
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "HPO_"))} | {"HOME": "/nonexistent"}
+    if not stranger:
+        environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(run_dir / "token")}
+    command = [sys.executable, "-c", PROBE, what, (run_dir / "address").read_text().strip(), str(run_dir), str(ray_tmp), "yes" if stranger else "no"]
+    return subprocess.run(command, env=environ, text=True, check=False, capture_output=True, timeout=120, cwd="/")
+
+
+@pytest.mark.parametrize("what", ["gcs", "driver", "join", "token", "list", "plant", "address", "tmp"])
+def test_a_stranger_gets_nowhere(what, running):
+    run = probe(what, running, stranger=True)
+    assert run.returncode != 0 and "IN" not in run.stdout.split(), run.stdout + run.stderr
+    assert any(word in (run.stdout + run.stderr).lower() for word in ("permission denied", "token", "unauthenticated", "connect")), run.stderr
+    assert not (running[0] / "shutdown.txt").exists()
+
+
+@pytest.mark.parametrize("what", ["gcs", "driver", "token", "list"])
+def test_the_owner_does(what, running):
+    """So the refusals are not those of a cluster that is not there."""
+    run = probe(what, running, stranger=False)
+    assert run.returncode == 0 and "IN" in run.stdout.split(), run.stderr
+
+
+def listening(job):
+    """[(address, port, command)] of the run's processes."""
+    mine = {pid: " ".join(psutil.Process(pid).cmdline()) for pid in pids(f" head {job}")}
+    return [(c.laddr.ip, c.laddr.port, mine[c.pid]) for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in mine]
+
+
+def http(address, token=None, path="/api/cluster_status"):
+    request = urllib.request.Request(f"http://{address}{path}", headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        return urllib.request.urlopen(request, timeout=10).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_each_port_of_a_run_is_known_and_those_that_speak_http_want_the_token(running):
+    run_dir, _, job = running
+    ports = listening(job)
+    assert len(ports) > 5
+    dashboards = [(ip, port) for ip, port, command in ports if "dashboard/dashboard.py" in command]
+    assert dashboards and all(ip == "127.0.0.1" for ip, _ in dashboards)
+    token = (run_dir / "token").read_text()
+    for ip, port in dashboards:
+        for path in ("/api/cluster_status", "/api/v0/actors", "/nodes?view=summary", "/api/jobs/"):
+            assert http(f"{ip}:{port}", path=path) == 401, path
+        assert http(f"{ip}:{port}", token) == 200
+    known = ("gcs_server", "raylet", "dashboard", "ray.util.client.server", "ray::", "raytune_asha_hpo.py", "runtime_env", "agent")
+    assert not [port for port in ports if not any(word in port[2] for word in known)]
+
+
+def test_the_token_and_the_folders_are_the_owners_alone_and_the_token_is_nowhere_else(running):
+    run_dir, ray_tmp, job = running
+    token = (run_dir / "token").read_text()
+    assert len(token) == 64
+    assert (run_dir / "token").stat().st_mode & 0o777 == 0o600
+    assert run_dir.stat().st_mode & 0o077 == 0 and ray_tmp.stat().st_mode & 0o077 == 0
+    for pid in pids(f" head {job}"):
+        process = psutil.Process(pid)
+        assert token not in " ".join(process.cmdline())
+        assert token not in json.dumps(process.environ())
+    texts = [path for folder in (run_dir, ray_tmp, run_dir.parents[1] / "logs") for path in folder.rglob("*") if path.is_file() and path.name != "token"]
+    assert len(texts) > 10
+    assert not [path for path in texts if token.encode() in path.read_bytes()]
