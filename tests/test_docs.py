@@ -154,6 +154,7 @@ TOOLS = [
     "scripts/setup_env.sh",
     "scripts/quickstart.sh",
     "tests/mini_slurm.sh",
+    "tests/soak.sh",
 ]
 
 

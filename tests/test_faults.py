@@ -124,6 +124,45 @@ def test_workers_that_stay_pending_are_waited_for_until_the_deadline(cluster, de
     nothing_is_left(cluster, job)
 
 
+def test_without_its_only_worker_a_run_ends_at_the_deadline_and_can_be_continued(cluster, demo):
+    job = cluster.submit(**demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="2", WORKER_DEADLINE="20", **BUSY))
+    wait_for(lambda: "epoch 1/" in cluster.log(job) or "  started" in cluster.log(job), 120, "the trial")
+    for node in ("worker1", "worker2"):  # as if the cluster had no more nodes
+        cluster("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
+    try:
+        cluster("scancel", *cluster.workers(job))
+        assert cluster.wait_for_end(job, 90)["ExitCode"] == "1:0", cluster.log(job)
+        nothing_is_left(cluster, job)
+    finally:
+        for node in ("worker1", "worker2"):
+            cluster("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    log = cluster.log(job)
+    assert "waited 20 s (WORKER_DEADLINE) for another worker; giving up" in log and f"continue with: RESUME=runs/{job} sbatch {HEAD}" in log
+    again = cluster.submit(RESUME=f"runs/{job}", WORKER_DEADLINE="600")
+    assert cluster.wait_for_end(again, 240)["JobState"] == "COMPLETED", cluster.log(again)
+    assert "continues the run in" in cluster.log(again) and len(table_of(cluster.log(again))) == 1
+    nothing_is_left(cluster, again)
+
+
+def test_of_two_runs_whose_workers_share_a_node_one_is_cancelled_and_the_other_completes(cluster, demo):
+    worker = cluster.folder / "worker_node_raytune_asha_hpo.slurm"
+    text = worker.read_text()
+    half = text.replace("--cpus-per-task=20", "--cpus-per-task=10").replace("--gpus-per-node=8", "--gpus-per-node=4")
+    worker.write_text(half.replace("#SBATCH --constraint=v100", "#SBATCH --constraint=v100\n#SBATCH --nodelist=worker1"))
+    variables = demo_run(demo, NUM_SAMPLES="2", NUM_EPOCHS="2", **BUSY)
+    first, second = cluster.submit(**variables), cluster.submit(**variables)
+    wait_for(lambda: all("  started" in cluster.log(job) for job in (first, second)), 180, "trials of both runs")
+    assert {cluster.job(worker)["NodeList"] for job in (first, second) for worker in cluster.workers(job)} == {"worker1"}
+    cluster("scancel", first)
+    assert cluster.wait_for_end(first, 40)["JobState"] == "CANCELLED"
+    wait_for(lambda: nothing_left(first, *cluster.workers(first)), 30, "everything of the first run to be gone")
+    assert cluster.wait_for_end(second, 240)["JobState"] == "COMPLETED", cluster.log(second)
+    log = cluster.log(second)
+    check_log(log, second)
+    assert len(table_of(log)) == 2 and "lost" not in log
+    nothing_is_left(cluster, second)
+
+
 def test_a_run_whose_folder_a_worker_cannot_see_says_so(cluster):
     job = cluster("sbatch", "--parsable", "worker_node_raytune_asha_hpo.slurm", "/no/such/experiments/raytune/scheduler/asha/runs/1", "1").strip()
     cluster.wait_for_end(job, 30)
@@ -158,10 +197,10 @@ def test_a_training_process_that_is_killed_fails_its_trial_alone(course, demo):
     assert head.wait(240) == 0
     log = terminal.read_text()
     check_log(log, job)
-    assert len(re.findall(r"_00000  FAILED     \S*Error.*(died|killed)", log)) == 1 and "_00001  finished" in log
+    assert len(re.findall(r"_00000  FAILED     \S*Error.*(died|killed)", log)) == 1 and re.search(r"_00001  (finished|stopped)", log)
     tables = (course / "runs" / job / "tables.md").read_text()
     assert re.search(r"^(- )?combo 0 \(TorchTrainer_\S+\): FAILED: .*(died|killed)", tables, re.MULTILINE)
-    assert [row["status"] for row in table_of(log)] == ["ERROR", "TERMINATED"]
+    assert sorted(row["status"] for row in table_of(log)) == ["ERROR", "TERMINATED"]
 
 
 def test_a_run_folder_that_is_full_ends_the_run_with_the_reason(course, demo):

@@ -60,6 +60,14 @@ def test_a_grid_cut_short_goes_on_and_its_losses_are_those_of_the_search(course,
     assert len(losses) == 2
     assert min(losses) == pytest.approx(float(rows[1]["eval_loss"]), abs=1e-4)
 
+    # The winner of that search, for longer.
+    run_folder = re.search(r"run folder (\S+)", search.stdout)[1]
+    script = top / "scripts/manual_hpo/bloom_hpo_manual.py"
+    longer = subprocess.run(["torchrun", "--standalone", "--nproc_per_node=2", script, "--best", run_folder, "--epochs", "3"], text=True, check=True,
+                            capture_output=True, timeout=300, env=environ | {"PATH": f"{REPO}/.venv/bin:{os.environ['PATH']}"})
+    assert longer.stdout.count("lr=0.01 per_device_bs=2 wd=0.01  epoch ") == 3 and "  epoch 3/3  eval_loss " in longer.stdout
+    assert len(re.findall(r"^RESULT lr=0\.01 per_device_bs=2 wd=0\.01 eval_loss=\S+ epoch=\d runtime_s=\S+$", longer.stdout, re.MULTILINE)) == 1
+
 
 def test_a_combination_that_fails_is_named_and_the_others_go_on(course):
     top, environ = course

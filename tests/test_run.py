@@ -96,7 +96,7 @@ def test_the_exercise_on_the_sandbox(whole_run):
     assert held[1] - told < 5
     assert nothing_left(job, worker)
     assert not (run_dir / "token").exists()
-    assert token not in log + cluster.log(worker, "worker") and "START" in cluster.log(worker, "worker") and "FINISH" in cluster.log(worker, "worker")
+    assert token not in log + cluster.log(worker, "worker") + str(record) + str(end) and "START" in cluster.log(worker, "worker") and "FINISH" in cluster.log(worker, "worker")
 
 
 def test_the_manual_grid_goes_on_after_three_interruptions_and_is_compared_with_the_search(whole_run, demo, squad):
@@ -149,7 +149,7 @@ def test_the_manual_grid_goes_on_after_three_interruptions_and_is_compared_with_
     assert "the runs are comparable" in table and "NOT COMPARABLE" not in table
     spent = sum(float(row["runtime_s"]) for row in found) / 60
     cost = [float(row[4].split()[0]) for row in rows[2:]]
-    assert cost[0] >= spent - 0.06 and float(rows[3][5]) == pytest.approx(cost[1] / cost[0], rel=0.02)
+    assert cost[0] >= spent - 0.06 and float(rows[3][5]) == pytest.approx(cost[1] / cost[0], rel=0.05)  # the table rounds to 0.1
 
 
 def test_both_worker_nodes_run_trials_and_what_earlier_runs_left_has_no_effect(cluster, demo, squad):
@@ -181,9 +181,9 @@ def test_a_worker_job_that_slurm_refuses_ends_the_run_with_the_reason(cluster, d
     wait_for(lambda: nothing_left(job), 10, "everything to be gone")
 
 
-@pytest.mark.parametrize("moment", ["START  :", "submitted worker", "worker 1/1 joined", "epoch 1/"])
+@pytest.mark.parametrize("moment", ["START  :", "submitted worker", "worker 1/1 joined", "epoch 1/", "Best Trial Result"])
 def test_cancelled_at_any_moment_nothing_is_left(cluster, demo, squad, moment):
-    job = cluster.submit(**SPACE, **SMALL, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad), NUM_SAMPLES="2")
+    job = cluster.submit(**SPACE, **SMALL, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad), NUM_SAMPLES="1", NUM_EPOCHS="2")
     wait_for(lambda: moment in cluster.log(job) or "FINISH" in cluster.log(job), 240, f"{moment!r} in the log")
     cluster("scancel", job)
     end = cluster.wait_for_end(job, 30)
@@ -295,7 +295,7 @@ def test_a_hyperparameter_added_in_one_line_takes_effect_and_a_misspelt_one_is_r
 
 def test_trials_that_fail_are_listed_with_their_cause_and_the_run_fails_if_all_do(course, demo, tmp_path):
     model = shutil.copytree(demo / "model", tmp_path / "model")
-    (model / "model.safetensors").write_bytes(b"not a model")
+    (model / "model.safetensors").write_bytes(b"not a model" * 1000)
     status, log = quickstart(course, **SPACE, **SMALL, MODEL_NAME=str(model), SQUAD_DATA=str(demo / "squad"), NUM_SAMPLES="2")
     assert status == 1
     assert len(re.findall(r"TorchTrainer_\S+  FAILED     \S*Error: .*[Hh]eader", log)) == 2

@@ -706,7 +706,6 @@ def search(s, run_dir):
             else:
                 end = "finished   all epochs" if epoch >= s.NUM_EPOCHS else f"stopped    by ASHA after epoch {epoch:g}"
             say(f"{trial}  {end}")
-
             shutil.rmtree(run_dir / "checkpoints" / trial.trial_id, ignore_errors=True)
 
         def on_trial_recover(self, iteration, trials, trial, **info):
