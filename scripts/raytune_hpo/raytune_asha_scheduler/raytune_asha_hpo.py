@@ -467,14 +467,19 @@ def train_loop_per_worker(config):
     fine_tune(config["hyperparameters"], config["settings"], train_rows, eval_rows, [TuneReportCallback()], config["checkpoints"])
 
 
+def resources_per_worker(s, use_gpu):
+    return {"CPU": s.CPUS_PER_WORKER, **({"GPU": s.GPUS_PER_WORKER} if use_gpu else {})}
+
+
 def run_trial(config, settings, data, use_gpu, run_dir):
     """One trial: a TorchTrainer with W workers on one node. Tune may end it at any report."""
-    import ray
     from ray import train, tune
-    from ray.train.torch import TorchTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback as ForwardReportsToTune
 
-    TorchTrainer(
+    class ForwardReportsToTune(train.UserCallback):
+        def after_report(self, run_context, metrics, checkpoint):
+            tune.report(metrics[0])  # the first worker's; all report the same
+
+    torch_trainer_of_the_trial()(
         train_loop_per_worker,
         train_loop_config={
             "hyperparameters": config["train_loop_config"],
@@ -485,9 +490,7 @@ def run_trial(config, settings, data, use_gpu, run_dir):
         scaling_config=train.ScalingConfig(
             num_workers=settings.WORKERS_PER_TRIAL,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": settings.CPUS_PER_WORKER, **({"GPU": settings.GPUS_PER_WORKER} if use_gpu else {})},
-            # All on this node, whose slot the trial has taken: the loss of another node is then none of its business.
-            label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+            resources_per_worker=resources_per_worker(settings, use_gpu),
         ),
         run_config=train.RunConfig(
             name=tune.get_context().get_trial_id(),
@@ -495,6 +498,53 @@ def run_trial(config, settings, data, use_gpu, run_dir):
             callbacks=[ForwardReportsToTune()],
         ),
     ).fit()
+
+
+def place_of_a_trial(s, use_gpu):
+    """What Tune reserves before a trial starts, all on one node: a bundle for each worker, none for the trial's own process."""
+    from ray import tune
+
+    return tune.PlacementGroupFactory([{}, *[resources_per_worker(s, use_gpu)] * s.WORKERS_PER_TRIAL], strategy="STRICT_PACK")
+
+
+def torch_trainer_of_the_trial():
+    """A TorchTrainer that leads its workers from the trial's own process, in the place that Tune has reserved for it.
+
+    Ray's own reserves a second place, and starts four more processes for each trial: to lead, to pass on reports, to hand
+    out Ray Data, to free the place of a stopped trial. Each loads Ray Train anew, one waits for the other, and what they
+    reserve outlives a process that is killed. Here all goes with the trial. (It reaches into Ray 2.60: see requirements.txt.)
+    """
+    import asyncio
+
+    import ray
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks import datasets, placement_group_callback
+    from ray.train.v2._internal.execution.controller import TrainController
+    from ray.train.v2._internal.execution.worker_group import worker_group
+    from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
+
+    class PlaceOfTheTrial(DefaultPlacementGroupHandle):
+        def shutdown(self):
+            """Tune has made it and removes it."""
+
+    class WorkersInThatPlace(worker_group.WorkerGroup):
+        def _create_placement_group(self, *_):
+            return PlaceOfTheTrial(ray.util.get_current_placement_group())
+
+    class Controller(TrainController):
+        worker_group_cls = WorkersInThatPlace
+
+    class TorchTrainerOfTheTrial(TorchTrainer):
+        def _create_default_callbacks(self):
+            not_needed = (datasets.DatasetsCallback, placement_group_callback.PlacementGroupCleanerCallback)
+            return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, not_needed)]
+
+        def _initialize_and_run_controller(self, **parts):
+            controller = Controller(**parts)
+            asyncio.run(controller.run())
+            return controller.get_result()
+
+    return TorchTrainerOfTheTrial
 
 
 # ======================================================================================================================
@@ -671,23 +721,19 @@ def search(s, run_dir):
     from ray.tune.experiment import Trial
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
-    # Each worker node offers one trial_slot for each trial that it can hold (worker_capacity.py), and each trial takes
-    # one: so a trial that is RUNNING has its resources, and nodes that come or go change the number in flight.
-
-    # The process that frees a stopped trial's resources looks for "the" Ray of its node. With two runs' Rays on one node it
-    # gives up, and the run waits for ever, unless RAY_ADDRESS tells it which is ours.
-    environment = QUIETER_AND_FASTER | {"RAY_ADDRESS": address}
-    ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment})
+    ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": QUIETER_AND_FASTER})
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's cause is told below, its trace is in error.txt
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # scancel: end at once, without the trace that Ray would print
     resources = ray.cluster_resources()
     use_gpu = s.GPUS_PER_WORKER > 0 and resources.get("GPU", 0) > 0
     if s.gpus_required and s.GPUS_PER_WORKER and not use_gpu:
         raise InputError(f"GPUS_PER_WORKER={s.GPUS_PER_WORKER}: the worker nodes have no GPU; set 0, or use GPU nodes")
-    say(f"cluster: {resources.get('trial_slot', 0):g} trial(s) at once, {s.WORKERS_PER_TRIAL} workers each, on {'GPUs' if use_gpu else 'CPUs'}")
+    # Each node offers what the trials that fit on it need (worker_capacity.py), so nodes that come or go change the number.
+    slots = int(resources.get("CPU", 0)) // (s.WORKERS_PER_TRIAL * s.CPUS_PER_WORKER)
+    say(f"cluster: {slots} trial(s) at once, {s.WORKERS_PER_TRIAL} workers each, on {'GPUs' if use_gpu else 'CPUs'}")
 
     # No more trials are made ready than can start, so they start in the order drawn (see choose_trial_to_run).
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, int(resources.get("trial_slot", 0))))
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, slots))
 
     class Progress(tune.Callback):
         """One line for each start, report and end of a trial."""
@@ -730,7 +776,7 @@ def search(s, run_dir):
     asha = scheduler(s)
     asha.journal = run_dir / "reports.jsonl"
     trainable = tune.with_parameters(run_trial, settings=s, data=[ray.put(data)], use_gpu=use_gpu, run_dir=run_dir)
-    trainable = tune.with_resources(trainable, {"trial_slot": 1})
+    trainable = tune.with_resources(trainable, place_of_a_trial(s, use_gpu))
     tuner = tune.Tuner(
         trainable,
         param_space=search_space(s),
