@@ -155,6 +155,8 @@ TOOLS = [
     "scripts/quickstart.sh",
     "tests/mini_slurm.sh",
     "tests/soak.sh",
+    "tests/benchmarks/bringup.py",
+    "tests/benchmarks/turnover.py",
 ]
 
 
