@@ -108,7 +108,7 @@ def test_without_slurm_it_says_so_and_checks_this_machine(site, inputs, tmp_path
 
 
 # ---- Each check can fail: on one machine -----------------------------------------------------------------------------
-MOUNT = "mount -t tmpfs -o size={},nr_inodes={} none {}; "
+MOUNT = "mount -t tmpfs -o size={},nr_inodes={} none {}"
 STATES = [  # check, what is done before it, what it must say
     ("check_packages", "sed -i s/^torch==.*/torch==1.0/ requirements.txt", "FAILED .* packages: torch 2.* instead of ==1.0, in .*fix: "),
     ("check_packages", "echo no-such-package==2 >>requirements.txt", "FAILED .* packages: no-such-package missing instead of ==2"),
@@ -118,7 +118,7 @@ STATES = [  # check, what is done before it, what it must say
     ("check_inputs", "export LR_LOWER=1 NUM_EPOCHS=x", "FAILED .* inputs: NUM_EPOCHS='x': is not a whole number\n.*FAILED .* inputs: LR_LOWER="),
     ('check_disk "$RUN_DIR" 100', MOUNT.format("20m", 0, '"$RUN_DIR"'), "FAILED .* disk: .*/runs has 20 MB free, a run needs 100; fix: "),
     ('check_disk "$RUN_DIR" 100', MOUNT.format("200m", 1, '"$RUN_DIR"'), "FAILED .* disk: 50 MB cannot be written to .*/runs: dd.* No space left on device; fix: see your quota"),
-    ('check_disk "$RUN_DIR" 60', MOUNT.format("2000m", 0, '"$RUN_DIR"') + 'fallocate -l 1920M "$RUN_DIR/old"', "warning .* disk: .* is 96 % full"),
+    ('check_disk "$RUN_DIR" 60', MOUNT.format("2000m", 0, '"$RUN_DIR"') + '; fallocate -l 1920M "$RUN_DIR/old"', "warning .* disk: .* is 96 % full"),
     ("check_shm", MOUNT.format("64m", 0, "/dev/shm"), "warning .* /dev/shm has 64 MB free, Ray wants 500 .*fix: "),
     ("check_limits", "ulimit -u 400", r"FAILED .* processes: ulimit -u 400, \d+ in use, 1 trial\(s\) at once need 800 .*fix: ulimit -u \d+ before sbatch"),
     ("check_limits", "ulimit -n 256", "FAILED .* open files: ulimit -n 256, a run needs 1024; fix: ulimit -n 1024 before sbatch"),
@@ -127,8 +127,8 @@ STATES = [  # check, what is done before it, what it must say
     ("check_gpus", 'export PYTHONPATH="$PWD/stub"', "FAILED .* GPUs: ERROR: PyTorch does not run on this node: .*no kernel image.*sm_75 sm_80 on V100 sm_70"),
     ("check_gpus", "export SLURM_GPUS_ON_NODE=8", "warning .* GPUs: PyTorch uses 0 of the 8 that Slurm gives"),
     ("check_capacity", "export SLURM_JOB_ID=1 SLURM_CPUS_ON_NODE=20 CPUS_PER_WORKER=16", r"FAILED .* capacity: ERROR: one trial \(.*does not fit on a node with 20 CPUs"),
-    ("check_address", "NODE_ADDRESS=203.0.113.7; export NODE_ADDRESS", "FAILED .* address: 203.0.113.7: OSError: .* Cannot assign requested address; fix: NODE_ADDRESS"),
-    ("check_address", "NODE_ADDRESS=no-such-node; export NODE_ADDRESS", "FAILED .* address: no-such-node: socket.gaierror: "),
+    ("check_address", "NODE_ADDRESS=203.0.113.7; export NODE_ADDRESS", "FAILED .* address: 203.0.113.7: OSError: .* Cannot assign requested address .*fix: NODE_ADDRESS"),
+    ("check_address", "NODE_ADDRESS=no-such-node; export NODE_ADDRESS", "FAILED .* address: no-such-node: OSError: .*Name or service not known"),
     ("ROLE=head; check_reach worker", 'mkdir -p "$RUN_DIR"; echo 127.0.0.1 1 >"$RUN_DIR/port-worker"', "FAILED .* head -> worker: 127.0.0.1 port 1: Connection refused; fix: ask your site to open all ports"),
     ("ROLE=head; check_reach worker", 'touch "$RUN_DIR/done-worker"', "FAILED .* head -> worker: the worker offers no port"),
     ("submit worker", f"sed -i '/^# -----*$/d' experiments/raytune/scheduler/asha/{WORKER}", f"{WORKER} has lost the line of dashes"),
@@ -158,7 +158,6 @@ def test_a_check_fails(site, inputs, demo, tmp_path, command, before, said):
     choose = "choose_python; " if command != "check_packages" else ""
     lines = one_check(site, f"{choose}{before}; {command}", MOUNTS if "mount" in before else ("bash", "-c"), **inputs)
     assert re.search(said, "\n".join(lines), re.DOTALL)
-    assert not [line for line in lines if line.startswith("ok") and line.split()[2] == re.search(r"\* (\S+)", said)[1]] if "* " in said else True
 
 
 def test_no_python(site, tmp_path):

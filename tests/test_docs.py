@@ -153,6 +153,7 @@ TOOLS = [
     "scripts/demo_assets.py",
     "scripts/setup_env.sh",
     "scripts/quickstart.sh",
+    "scripts/check_site.sh",
     "tests/mini_slurm.sh",
     "tests/soak.sh",
     "tests/benchmarks/bringup.py",
