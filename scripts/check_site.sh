@@ -91,7 +91,7 @@ check_job_file() {                                           # does Slurm take t
         *denied*) fix="submit from a login node, or to another partition" ;;
         *) fix="the #SBATCH lines" ;;
     esac
-    failed "$name: Slurm refuses it: $(last "${said:-no answer within 60 s}"); fix: $fix"
+    failed "$name: Slurm refuses it: $(last "$(grep -v '^Try' <<<"${said:-no answer within 60 s}")"); fix: $fix"
 }
 
 # ---- On every machine --------------------------------------------------------------------------------------------------

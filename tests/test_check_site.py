@@ -187,6 +187,7 @@ def test_a_missing_command(site, slurm, tmp_path, missing):
 
 
 def test_a_slurm_that_does_not_answer(site, slurm, tmp_path):
+    edit(site / "scripts/check_site.sh", "timeout 30 squeue --noheader --me --format=%i 2>&1", "timeout 3 squeue --noheader --me --format=%i 2>&1")
     (line,) = one_check(site, "check_slurm", **slurm | {"SLURM_CONF": str(tmp_path / "none")})
     assert re.match("FAILED .* Slurm: no answer to squeue --me within 30 s: squeue: .*fix: ", line)
 
