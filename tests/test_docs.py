@@ -158,6 +158,7 @@ TOOLS = [
     "tests/soak.sh",
     "tests/benchmarks/bringup.py",
     "tests/benchmarks/turnover.py",
+    "tests/benchmarks/asha_savings.py",
 ]
 
 
