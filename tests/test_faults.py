@@ -17,7 +17,6 @@ from conftest import (
     job_of,
     nothing_left,
     pids,
-    quickstart,
     table_of,
     wait_for,
 )
