@@ -19,7 +19,7 @@ HEAD=head_node_raytune_asha_hpo.slurm
 FAULTS=(none worker-cancelled raylet-killed gcs-killed search-killed head-cancelled head-killed requeued)
 MOMENTS=("joined" "  started" "epoch 1/")
 TRIALS=2
-completed=0 lost=0 left=0 memory_first=""
+completed=0 lost=0 left=0 missed=0 memory_first="" drawn_first=""
 
 DIR=$(mktemp -d /tmp/soak.XXXX)
 trap 'MINI_SLURM_DIR=$DIR/slurm bash "$REPO/tests/mini_slurm.sh" down 2>/dev/null; rm -rf "$DIR"' EXIT
@@ -44,7 +44,21 @@ log_of() { echo "logs/ray_head_bloom_5epochs-$1.out"; }
 log_has() { grep -q -- "$2" "$(log_of "$1")" 2>/dev/null; }
 state() { scontrol show job "$1" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p'; }
 ended() { [[ $(state "$1") =~ ^(COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL)$ ]]; }
-mine() { grep -lzs "^HPO_OWNER=$DIR" /proc/[0-9]*/environ | cut -d/ -f3 || true; }   # processes of any run of ours
+mine() {                                                     # processes of any job of this sandbox, those that left its process tree, too
+    { grep -lzsFx "SLURM_CONF=$DIR/slurm/slurm.conf" /proc/[0-9]*/environ || true; } |
+        { xargs -r grep -lzsE '^SLURMD_NODENAME=' || true; } | cut -d/ -f3
+}
+declare -A folders=()                                        # Ray's temporary folders of this sandbox: other Slurms use the same job ids
+watch_run() {                                                # peak of the head's memory, and the folders, while a run works
+    local folder now
+    for folder in $(mine | sed 's,.*,/proc/&/cmdline,' | xargs -r cat 2>/dev/null | tr '\0' '\n' | grep -oE '/tmp/ray_[^/ ]+' | sort -u); do
+        folders[$folder]=yes
+    done
+    now=$(memory)
+    ((now <= peak)) || peak=$now
+}
+pending() { [[ $(state "$1") == PENDING ]]; }
+ended_watched() { watch_run; ended "$1"; }
 no_jobs() { [[ -z $(squeue --noheader) ]]; }
 nothing_left() { no_jobs && [[ -z $(mine) ]]; }
 of_role() { grep -lzsE "^HPO_OWNER=$DIR.* $1 " /proc/[0-9]*/environ | cut -d/ -f3 || true; }
@@ -64,28 +78,26 @@ inject() {                                                   # inject FAULT JOB
     worker=$(sed -n 's/.*submitted worker .*: job \([0-9]*\),.*/\1/p' "$(log_of "$2")" | tail -n 1)
     case $1 in
         none) ;;
-        worker-cancelled) scancel "$worker" ;;
+        worker-cancelled) scancel "$worker" || true ;;
         raylet-killed) kill_those worker raylet/raylet ;;
         gcs-killed) kill_those head gcs/gcs_server ;;
         search-killed) kill_those head raytune_asha_hpo.py ;;
         head-cancelled) scancel "$2" ;;
-        head-killed) pkill -KILL -f "job$(printf %05d "$2")/slurm_script" || true ;;
+        head-killed) scancel --signal=KILL --batch "$2" ;;   # the batch shell alone
         requeued)
             scontrol requeue "$2"
-            until_true 60 eval "[[ \$(state $2) == PENDING ]]" && scontrol update JobId="$2" StartTime=now
+            if until_true 60 pending "$2"; then scontrol update JobId="$2" StartTime=now; fi
             ;;
     esac
 }
 
 RANDOM=$SEED
 for ((run = 1; run <= RUNS; run++)); do
-    fault=${FAULTS[RANDOM % ${#FAULTS[@]}]} moment=${MOMENTS[RANDOM % ${#MOMENTS[@]}]} begin=$SECONDS parts=1
+    fault=${FAULTS[RANDOM % ${#FAULTS[@]}]} moment=${MOMENTS[RANDOM % ${#MOMENTS[@]}]} begin=$SECONDS parts=1 peak=0
     job=$(sbatch --parsable "$HEAD")
-    until_true 180 log_has "$job" "$moment" || echo "run $run: '$moment' did not come"
-    [[ -n $memory_first ]] || memory_first=$(memory)
-    memory_last=$(memory)
+    until_true 180 log_has "$job" "$moment" || { echo "run $run: '$moment' did not come"; missed=$((missed + 1)); }
     inject "$fault" "$job"
-    until_true 300 ended "$job" || scancel "$job"
+    until_true 300 ended_watched "$job" || scancel "$job" || true
     folder=$(ls -d runs/"$job" 2>/dev/null || true)
     while ! log_has "$job" "Best Trial Result" && ((parts < 4)) && [[ -n $folder ]]; do   # a student submits the line at the log's end
         until_true 60 nothing_left || true
@@ -93,15 +105,21 @@ for ((run = 1; run <= RUNS; run++)); do
         [[ ! -e $folder/settings.json ]] || export RESUME=$folder
         job=$(sbatch --parsable "$HEAD")
         unset RESUME
-        until_true 300 ended "$job" || scancel "$job"
+        until_true 300 ended_watched "$job" || scancel "$job" || true
     done
-    done_trials=$(grep -cE '^\| TorchTrainer_\S+ +\| TERMINATED' <(tac "$(log_of "$job")" | sed '/ START /q') || true)
-    lost=$((lost + TRIALS - done_trials))
-    ((done_trials != TRIALS)) || completed=$((completed + 1))
+    # Rows of the last table: each trial once, ended, with a loss; and all runs draw the same configurations (one SEED).
+    rows=$(tac "$(log_of "$job")" | sed '/ START /q' | grep -E '^\| TorchTrainer_\S+ +\| TERMINATED ' || true)
+    done_trials=$(awk -F'|' '$8 >= 1 && $10 ~ /[0-9]/ && !seen[$2]++' <<<"$rows" | wc -l)
+    drawn=$(awk -F'|' '{ print $5, $6, $7 }' <<<"$rows" | sort)
+    [[ -n $drawn_first ]] || drawn_first=$drawn
+    ((done_trials >= TRIALS)) || lost=$((lost + TRIALS - done_trials))
+    if ((done_trials == TRIALS)) && [[ $drawn == "$drawn_first" ]]; then completed=$((completed + 1)); fi
+    [[ -n $memory_first ]] || memory_first=$peak
+    memory_last=$peak
     until_true 60 nothing_left || true
-    rest=$(($(mine | wc -l) + $(squeue --noheader | wc -l) + $(find /tmp -maxdepth 1 -name "ray_$job.*" | wc -l)))
+    rest=$(($(mine | wc -l) + $(squeue --noheader | wc -l) + $(for folder in "${!folders[@]}"; do [[ ! -e $folder ]] || echo "$folder"; done | wc -l)))
     left=$((left + rest))
     echo "run $run/$RUNS: $fault at '${moment# *}': $done_trials of $TRIALS trials, $parts job(s), $((SECONDS - begin)) s, left behind: $rest"
 done
 echo "runs completed: $completed of $RUNS; trials lost: $lost; processes, folders and jobs left: $left; head memory: first run $memory_first MB, last $memory_last MB"
-((completed == RUNS && lost == 0 && left == 0))
+((completed == RUNS && lost == 0 && left == 0 && missed == 0))

@@ -226,6 +226,31 @@ def test_several_errors_are_reported_together(variables, names, course, root):
     assert sorted(re.match(r"ERROR: (\w+)=", line)[1] for line in errors) == sorted(names)
 
 
+@pytest.mark.parametrize("value", ["$(touch here)", "`touch here`", "1; touch here", "a[$(touch here)]"])  # the last: code to bash's arithmetic
+def test_no_variable_reaches_a_shell_as_code(value, course, root, hpo):
+    variables = SLURM | {"NODE_ADDRESS": value, "SLURM_RESTART_COUNT": value}
+    _, errors = refused(course, root, variables | dict.fromkeys(hpo.VARIABLES, value))
+    assert {re.match(r"ERROR: (\w+)=", line)[1] for line in errors} == set(hpo.VARIABLES)
+    _, (error,) = refused(course, root, variables | {"RESUME": value})
+    assert f"ERROR: RESUME={value!r}: no settings.json of a search in this folder" in error
+
+
+def test_a_model_that_brings_its_own_code_is_refused_or_the_code_is_not_run(course, root, tmp_path, hpo):
+    model = shutil.copytree(root / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "own.py").write_text(f"open({str(model / 'here')!r}, 'w')\n")
+    for name in ("config.json", "tokenizer_config.json"):
+        text = json.loads((model / name).read_text())
+        own = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoTokenizer": ["own.T", "own.T"]}
+        (model / name).write_text(json.dumps(text | {"auto_map": own}))
+    s = hpo.read_settings({"MODEL_NAME": str(model), "SQUAD_DATA": str(root / "squad")}, look_into_folders=True)
+    assert len(hpo.load_squad(s)[0]) == 1000  # the library's own code for this type of model is used
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
+    _, (error,) = refused(course, root, {"MODEL_NAME": str(model)})
+    assert f"ERROR: MODEL_NAME={str(model)!r}: this model needs Python code of its own" in error
+    assert not (model / "here").exists()
+
+
 @pytest.mark.parametrize("variables", [{"WORKERS_PER_TRIAL": "64"}, {"WORKERS_PER_TRIAL": "9", "MODEL_NAME": f"ROOT/{NAMES[1]}", "SQUAD_DATA": f"ROOT/{NAMES[3]}"}])
 def test_a_trial_that_fits_on_no_node_is_refused_before_jobs_are_submitted(variables, course, root):
     lines, (error,) = refused(course, root, SLURM | variables)

@@ -17,7 +17,6 @@ from conftest import (
     job_of,
     nothing_left,
     pids,
-    quickstart,
     table_of,
     wait_for,
 )
@@ -203,16 +202,26 @@ def test_a_training_process_that_is_killed_fails_its_trial_alone(course, demo):
     assert sorted(row["status"] for row in table_of(log)) == ["ERROR", "TERMINATED"]
 
 
-def test_a_run_folder_that_is_full_ends_the_run_with_the_reason(course, demo):
-    runs = course / "runs"
+@pytest.mark.parametrize("size", ["16k", "20m"])
+def test_a_run_folder_that_is_full_ends_the_run_with_the_reason(course, demo, size):
+    """Full from the start, or in mid-run: then Ray itself would go on, and the best result would be read from what it had written."""
+    runs, terminal = course / "runs", course / "terminal.txt"
     runs.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", runs], check=False, capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", runs], check=False, capture_output=True).returncode:
         pytest.skip("only root can make a file system")
     try:
-        status, log = quickstart(course, **demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="1"))
+        with terminal.open("w") as file:
+            head = subprocess.Popen(["bash", HEAD], cwd=course, env=os.environ | demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="100"), stdout=file, stderr=subprocess.STDOUT)
+        if size == "20m":
+            wait_for(lambda: "epoch 1/" in terminal.read_text(), 120, "the first epoch")
+            with pytest.raises(OSError), (runs / "filler").open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        assert head.wait(60) == 1
     finally:
         subprocess.run(["umount", "-l", runs], check=True)
-    assert status not in (0, 124) and "FINISH" in log
-    assert re.search(r"ERROR: .*(No space left|disk|quota)", log), log
-    assert "Traceback" not in log
+    log = terminal.read_text()
+    assert "ERROR: cannot write to the run folder" in log and "is the disk full, or the quota reached?" in log and "FINISH" in log
+    assert ("continue with: RESUME=" in log) == (size == "20m")
+    assert not re.search("Traceback|Best Trial Result|results are complete|cat:", log)
     assert nothing_left(job_of(log))

@@ -117,15 +117,15 @@ watch_over() {
 }
 
 # wait_until SECONDS "what for" CHECK...: until CHECK succeeds. Fails at the deadline. CHECK itself calls fail when what
-# it waits for can no longer come. A line every minute says what is waited for.
+# it waits for can no longer come. A line after ten seconds, and then every minute, says what is waited for.
 wait_until() {
-    local limit=$1 what=$2 start=$SECONDS said=0
+    local limit=$1 what=$2 start=$SECONDS next=10
     shift 2
     until "$@"; do
         local waited=$((SECONDS - start))
         ((waited < limit)) || fail "waited $limit s for $what; giving up"
-        if ((waited / 60 > said)); then
-            said=$((waited / 60))
+        if ((waited >= next)); then
+            next=$((waited / 60 * 60 + 60))
             say "waiting for $what: $waited s of $limit s"
         fi
         sleep 0.2

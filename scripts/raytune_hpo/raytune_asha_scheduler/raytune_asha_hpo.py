@@ -243,7 +243,7 @@ def load_squad(s):
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(s.MODEL_NAME)
+        tokenizer = AutoTokenizer.from_pretrained(s.MODEL_NAME, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  a broken tokenizer.json raises Exception itself
         raise InputError(not_loaded("MODEL_NAME", s.MODEL_NAME, error)) from None
     splits = []
@@ -605,6 +605,11 @@ def model_problems(s):
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "it is not JSON"
         return [f"MODEL_NAME={s.MODEL_NAME!r}: config.json cannot be read ({reason}); fetch the model again"]
+    if isinstance(config, dict) and "auto_map" in config:
+        from transformers import CONFIG_MAPPING  # takes a second, so only when the folder brings Python code of its own
+
+        if config.get("model_type") not in CONFIG_MAPPING:
+            return [f"MODEL_NAME={s.MODEL_NAME!r}: this model needs Python code of its own (auto_map in config.json), which is never run; use another model"]
     lacks = []
     if not isinstance(config, dict) or "model_type" not in config:
         lacks.append("model_type in config.json")
@@ -689,6 +694,12 @@ def best_report(results):
             if math.isfinite(row["eval_loss"]) and (best is None or row["eval_loss"] < best["eval_loss"]):
                 best = {key: row[key] for key in ("eval_loss", "epoch", "time_total_s")} | {"config": result.config}
     return best
+
+
+def last_epoch(result):
+    """The epoch of the last report in the run folder, or None. Ray goes on when it cannot write there."""
+    rows = result.metrics_dataframe
+    return None if rows is None or rows.empty else rows["epoch"].iloc[-1]
 
 
 def cause_of(error_text):
@@ -810,6 +821,10 @@ def search(s, run_dir):
     failed = [result for result in results if result.error]
     for result in failed:
         say(f"FAILED {Path(result.path).name}: {cause_of(str(result.error))} (full trace: {result.path}/error.txt)")
+    cut = [Path(result.path).name for result in results if not result.error and last_epoch(result) != result.metrics.get("epoch")]
+    if cut:
+        print(f"ERROR: reports of {', '.join(cut)} are not all in {run_dir}; is the disk full, or the quota reached?", file=sys.__stdout__)
+        return 1
     best = best_report(results)
     if best is None or len(results) < s.NUM_SAMPLES:
         print(f"ERROR: {len(results)} of {s.NUM_SAMPLES} trials ran, {len(failed)} failed"
