@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What a trial costs beside its training: from one trial's end to the next one's first report, on one slot.
+"""What a trial costs beside its training: from one trial's last report to the next one's first step, on one slot.
 
     .venv/bin/python tests/benchmarks/turnover.py              # 6 trials of one epoch with the demo model; 2 to 3 minutes
     .venv/bin/python tests/benchmarks/turnover.py --trials 12
 
 Beside it the same training as a bare `torchrun` of the manual script, in the same run of this program: the least that
-starting W processes, importing, loading and training takes without Ray. Nothing else should run on the machine.
+starting W processes, importing, loading and a first step take without Ray. Nothing else should run on the machine.
 """
 
 import argparse
@@ -18,9 +18,19 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import HEAD, REPO, copy_of_the_course
+from conftest import HEAD, REPO, SCRIPT, copy_of_the_course
 
-ONE_SHORT_EPOCH = {"NUM_EPOCHS": "1", "TRAIN_SAMPLES": "32", "EVAL_SAMPLES": "16", "BS_CHOICES": "2"}
+# An epoch of 12 s or so on 2 cores: long enough for the next trial's processes to import meanwhile, as any real one is.
+ONE_EPOCH = {"NUM_EPOCHS": "1", "TRAIN_SAMPLES": "1000", "EVAL_SAMPLES": "16", "BS_CHOICES": "2"}
+AT_FIRST_STEP = """
+    class FirstStep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1 and os.environ.get("RANK", "0") == "0":
+                with open(os.environ["FIRST_STEPS"], "a") as file:
+                    file.write(f"{time.monotonic()}\\n")
+
+    callbacks = [*callbacks, FirstStep()]
+"""
 
 
 def stamped_lines(command, **options):
@@ -39,33 +49,41 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         course, demo = copy_of_the_course(Path(folder) / "repo"), Path(folder) / "demo"
         subprocess.run([sys.executable, REPO / "scripts/demo_assets.py", demo], check=True, stdout=subprocess.DEVNULL)
-        environ = os.environ | ONE_SHORT_EPOCH | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "NUM_SAMPLES": str(trials)}
+        script, steps = Path(folder) / "repo" / SCRIPT.relative_to(REPO), Path(folder) / "first_steps"
+        line = "    from transformers.trainer_utils import get_last_checkpoint\n"  # in fine_tune
+        assert script.read_text().count(line) == 1
+        script.write_text(script.read_text().replace(line, line + "    from transformers import TrainerCallback\n" + AT_FIRST_STEP))
+        environ = os.environ | ONE_EPOCH | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "NUM_SAMPLES": str(trials)}
+        environ |= {"FIRST_STEPS": str(steps)}
 
-        seen = {"  started": [], "  epoch 1/1": [], "  finished": []}
+        seen = {"  started": [], "  epoch 1/1": []}
         for at, line in stamped_lines(["bash", HEAD], cwd=course, env=environ):
             for word, times in seen.items():
                 if word in line:
                     times.append(at)
-        started, reported, ended = seen.values()
+        started, reported = seen.values()
+        stepped = [float(moment) for moment in steps.read_text().split()]
 
         bare = []
-        torchrun = [REPO / ".venv/bin/torchrun", "--standalone", "--nproc_per_node=2", REPO / "scripts/manual_hpo/bloom_hpo_manual.py"]
+        manual = Path(folder) / "repo/scripts/manual_hpo/bloom_hpo_manual.py"
+        torchrun = [REPO / ".venv/bin/torchrun", "--standalone", "--nproc_per_node=2", manual, "--lr", "1e-4", "--bs", "2", "--wd", "0.0"]
         for _ in range(3):
+            steps.unlink()
             start = time.monotonic()
-            for at, line in stamped_lines([*torchrun, "--lr", "1e-4", "--bs", "2", "--wd", "0.0"], env=environ):
-                if "  epoch 1/1" in line:
-                    bare.append(at - start)
+            list(stamped_lines(torchrun, env=environ | {"TRAIN_SAMPLES": "32"}))
+            bare.append(float(steps.read_text()) - start)
 
     rows = {
-        "a trial's end to the next one's start": [b - a for a, b in zip(ended, started[1:])],
-        "its start to its first report": [b - a for a, b in zip(started[1:], reported[1:], strict=True)],
-        "both: a trial's end to the next one's first report": [b - a for a, b in zip(ended, reported[1:])],
-        "a bare torchrun, start to its first report": bare,
+        "a trial's last report to the next one's start": [b - a for a, b in zip(reported, started[1:])],
+        "its start to its first step": [b - a for a, b in zip(started[1:], stepped[1:], strict=True)],
+        "turnover: a trial's last report to the next one's first step": [b - a for a, b in zip(reported, stepped[1:])],
+        "the first trial, with nothing prepared: its start to its first step": [stepped[0] - started[0]],
+        "a bare torchrun, start to its first step": bare,
     }
     print("| s | median | lowest | highest |\n|---|---|---|---|")
     for name, values in rows.items():
         print(f"| {name} | {statistics.median(values):.1f} | {min(values):.1f} | {max(values):.1f} |")
-    turnover, floor = (statistics.median(values) for values in list(rows.values())[2:])
+    turnover, floor = (statistics.median(list(rows.values())[i]) for i in (2, 4))
     print(f"\nratio to the bare torchrun: {turnover / floor:.2f}  ({trials} trials, 2 workers each, {os.cpu_count()} cores)")
 
 

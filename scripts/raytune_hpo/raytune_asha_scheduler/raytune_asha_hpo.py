@@ -453,10 +453,21 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), checkpoin
 def train_loop_per_worker(config):
     """What each of the W workers of a trial runs."""
     import ray
+    import torch
     from transformers import TrainerCallback
+
+    torch.set_num_threads(config["settings"].CPUS_PER_WORKER)  # torch has asked the machine at its import
+    if ray.get_gpu_ids() and not torch.cuda.is_available():
+        raise RuntimeError("this worker was given a GPU, but PyTorch cannot use it; check with: python -c 'import torch; torch.zeros(1).cuda()'")
 
     class TuneReportCallback(TrainerCallback):
         """After each evaluation one report, so Tune's training_iteration is the epoch and ASHA's rungs are epochs."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if config["successors"] and ray.train.get_context().get_world_rank() == 0:
+                own_kind = ray.get_runtime_context().get_runtime_env_string()
+                start_successors({config["successors"]: 2, own_kind: config["settings"].WORKERS_PER_TRIAL})
+                config["successors"] = None  # once
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             loss = (metrics or {}).get("eval_loss", math.nan)
@@ -471,8 +482,44 @@ def resources_per_worker(s, use_gpu):
     return {"CPU": s.CPUS_PER_WORKER, **({"GPU": s.GPUS_PER_WORKER} if use_gpu else {})}
 
 
+def import_ahead():
+    """Runs at the start of each process that Ray makes for trials, before it is given its part: imports, which take seconds."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CUDA must not wake up before Ray has said which GPU is this process's
+    import ray.train.torch  # noqa: F401
+
+    if os.environ.get("HPO_TRAINS"):
+        import deepspeed  # noqa: F401
+        from transformers import Trainer  # noqa: F401
+
+
+def start_successors(wanted):
+    """Has Ray start idle processes on this node, for the next trial: they import while this one trains.
+
+    wanted: {runtime environment, as Ray writes it: number of processes}. Called after a trial's first step, so the start of
+    one trial does not compete with the preparation of the next. (Ray has no public call for this; see requirements.txt.)
+    """
+    import ray
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc, runtime_environment_pb2
+
+    context = ray.get_runtime_context()
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
+        for environment, number in wanted.items():
+            node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(
+                node_manager_pb2.PrestartWorkersRequest(
+                    job_id=ray.JobID.from_hex(context.get_job_id()).binary(),
+                    runtime_env_info=runtime_environment_pb2.RuntimeEnvInfo(serialized_runtime_env=environment),
+                    num_workers=number,
+                    keep_alive_duration_secs=24 * 3600,  # they end with the run
+                ),
+                timeout=10,
+            )
+
+
 def run_trial(config, settings, data, use_gpu, run_dir):
     """One trial: a TorchTrainer with W workers on one node. Tune may end it at any report."""
+    import ray
     from ray import train, tune
 
     class ForwardReportsToTune(train.UserCallback):
@@ -485,6 +532,7 @@ def run_trial(config, settings, data, use_gpu, run_dir):
             "hyperparameters": config["train_loop_config"],
             "settings": settings,
             "data": data[0],
+            "successors": ray.get_runtime_context().get_runtime_env_string(),  # of this process and of Ray Train's helper
             "checkpoints": settings.CHECKPOINTS and str(run_dir / "checkpoints" / tune.get_context().get_trial_id()),
         },
         scaling_config=train.ScalingConfig(
@@ -496,6 +544,7 @@ def run_trial(config, settings, data, use_gpu, run_dir):
             name=tune.get_context().get_trial_id(),
             storage_path=str(run_dir / "train"),
             callbacks=[ForwardReportsToTune()],
+            worker_runtime_env={"env_vars": {"HPO_TRAINS": "1", "DS_ACCELERATOR": "cuda" if use_gpu else "cpu"}},
         ),
     ).fit()
 
@@ -732,7 +781,7 @@ def search(s, run_dir):
     from ray.tune.experiment import Trial
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
-    ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": QUIETER_AND_FASTER})
+    ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": QUIETER_AND_FASTER, "worker_process_setup_hook": import_ahead})
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's cause is told below, its trace is in error.txt
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # scancel: end at once, without the trace that Ray would print
     resources = ray.cluster_resources()
