@@ -544,6 +544,7 @@ def run_trial(config, settings, data, use_gpu, run_dir):
             name=tune.get_context().get_trial_id(),
             storage_path=str(run_dir / "train"),
             callbacks=[ForwardReportsToTune()],
+            # HPO_TRAINS: see import_ahead. DeepSpeed would look for a GPU itself, and wake up CUDA.
             worker_runtime_env={"env_vars": {"HPO_TRAINS": "1", "DS_ACCELERATOR": "cuda" if use_gpu else "cpu"}},
         ),
     ).fit()
@@ -608,6 +609,7 @@ QUIETER_AND_FASTER = {  # for every process of the run
     "RAY_AIR_NEW_OUTPUT": "0",  # the boxed table of trials
     "TUNE_WARN_THRESHOLD_S": "60",
     "TUNE_GLOBAL_CHECKPOINT_S": "0.5",  # how old the saved state of the trials can be from which a run is continued
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # to ask whether there are GPUs must not wake up CUDA (see import_ahead)
     "TORCHDYNAMO_DISABLE": "1",  # else DeepSpeed loads torch's compiler for an optimizer not used here: 1.3 s a trial
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
