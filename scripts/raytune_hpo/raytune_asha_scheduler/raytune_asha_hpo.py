@@ -498,13 +498,17 @@ def start_successors(wanted):
     wanted: {runtime environment, as Ray writes it: number of processes}. Called after a trial's first step, so the start of
     one trial does not compete with the preparation of the next. (Ray has no public call for this; see requirements.txt.)
     """
+    import contextlib
+
+    import grpc
     import ray
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc, runtime_environment_pb2
 
     context = ray.get_runtime_context()
     (node,) = (node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
-    with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
+    # Should Ray refuse, the next trial starts without them, some seconds later.
+    with contextlib.suppress(grpc.RpcError), init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
         for environment, number in wanted.items():
             node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(
                 node_manager_pb2.PrestartWorkersRequest(
