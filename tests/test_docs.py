@@ -156,6 +156,7 @@ TOOLS = [
     "tests/mini_slurm.sh",
     "tests/soak.sh",
     "tests/benchmarks/bringup.py",
+    "tests/benchmarks/training_step.py",
     "tests/benchmarks/turnover.py",
 ]
 
