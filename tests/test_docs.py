@@ -157,6 +157,7 @@ TOOLS = [
     "tests/mini_slurm.sh",
     "tests/soak.sh",
     "tests/benchmarks/bringup.py",
+    "tests/benchmarks/training_step.py",
     "tests/benchmarks/turnover.py",
     "tests/benchmarks/asha_savings.py",
 ]

@@ -1,0 +1,193 @@
+#!/usr/bin/env python3
+"""Our training step against the documented recipe: padded to 512, logits for all positions, ZeRO-3.
+
+    .venv/bin/python tests/benchmarks/training_step.py             # 2 workers on CPU; 3 runs take about 6 minutes
+    .venv/bin/python tests/benchmarks/training_step.py --runs 1    # about 2 minutes
+
+Both train with fine_tune of raytune_asha_hpo.py: the same samples in the same order, seed, optimizer and fp32. Each run
+of each is a torchrun of its own, so that its peak memory is its own. The model has BLOOM's 250,880 words and random
+weights: on CPU 6 layers of 256 (69 million parameters), on a GPU (--gpu) the 560M configuration in fp16. The tokenizer
+is learnt from the texts, SQuAD where it lies in ../shared/squad, else the demo's. Nothing else should run on the machine.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from conftest import REPO, SCRIPT, load_module
+
+VOCABULARY, BATCH, SEED = 250_880, 2, 42
+SMALL = {"hidden_size": 256, "n_layer": 6, "n_head": 8}
+BLOOM_560M = {"hidden_size": 1024, "n_layer": 24, "n_head": 16}
+
+
+def make_model(hpo, folder, squad, shape):
+    """A BLOOM with random weights, and a byte-level BPE of the texts: 1.3 tokens a word of SQuAD."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+
+    rows = [row for file in ("train-v1.1.json", "dev-v1.1.json") for row in hpo.read_squad_json(squad / file)]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=16384, special_tokens=["</s>", "<pad>"], initial_alphabet=letters, show_progress=False)
+    bpe.train_from_iterator(sorted({text for row in rows for text in (row["context"], row["question"])}), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(SEED)
+    ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, **shape, **ends)).save_pretrained(folder)
+
+
+def matmul_flops(gpu):
+    """Floating-point operations a second of a large matrix product: fp16 on a GPU, else fp32 on this process's cores."""
+    import torch
+
+    n, device, dtype = (8192, "cuda", torch.float16) if gpu else (2048, "cpu", torch.float32)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(4):
+        start = time.perf_counter()
+        for _ in range(3):
+            a @ a
+        if gpu:
+            torch.cuda.synchronize()
+        best = max(best, 3 * 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def child(variant, folder, samples, eval_samples, gpu):
+    """One worker of one run; writes what it measured to FOLDER/<rank>.json."""
+    hpo = load_module(SCRIPT)
+    os.environ.update(hpo.QUIETER_AND_FASTER)
+    import torch
+    from transformers import TrainerCallback
+
+    computed, ours = [], hpo.collate  # (tokens, positions with logits) of each batch
+
+    def collate(rows, pad_id, trim_logits=True):
+        batch = ours(rows, pad_id, trim_logits and variant == "ours")
+        if variant == "recipe":
+            more = hpo.MAX_LENGTH - batch["input_ids"].shape[1]
+            fills = {"input_ids": pad_id, "attention_mask": 0, "labels": -100}
+            batch = {key: torch.nn.functional.pad(batch[key], (more, 0), value=fill) for key, fill in fills.items()}
+        computed.append((batch["input_ids"].numel(), batch["labels"].numel()))
+        return batch
+
+    hpo.collate = collate
+    if variant == "recipe":
+        hpo.EVAL_BATCH_SIZE = BATCH  # 8 rows of 512 positions with 250,880 logits would need 12 GB
+        hpo.keep_freed_memory = lambda: None
+        config = json.loads(hpo.DS_CONFIG.read_text())
+        config["zero_optimization"]["stage"] = 3
+        hpo.deepspeed_config = lambda gpu: config
+    steps, losses, evaluations = [], [], []
+
+    class Measure(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            if gpu:
+                torch.cuda.synchronize()
+            steps.append(time.perf_counter() - self.start)
+
+        def on_log(self, args, state, control, logs=None, **__):
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+            evaluations.extend([(logs["eval_loss"], logs["eval_runtime"])] if "eval_loss" in logs else [])
+
+    settings = {"MODEL_NAME": str(folder / "model"), "SQUAD_DATA": os.environ["SQUAD_DATA"], "TRAIN_SAMPLES": str(samples),
+                "EVAL_SAMPLES": str(eval_samples), "NUM_EPOCHS": "1", "GPUS_PER_WORKER": str(int(gpu)), "SEED": str(SEED)}
+    settings = hpo.read_settings(settings)
+    every_loss = {"logging_strategy": "steps", "logging_steps": 1}
+    trainer = hpo.fine_tune({"lr": 2e-5, "per_device_bs": BATCH, "wd": 0.01} | every_loss, settings, *hpo.load_squad(settings), [Measure()])
+    memory = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    words = VOCABULARY * trainer.model.config.hidden_size
+    body = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()) - words
+    tokens, positions = (statistics.mean(column) for column in zip(*computed[1 : len(steps)], strict=True))
+    result = {"steps": steps[1:], "losses": losses, "eval": evaluations[0], "memory": memory, "tokens": tokens, "positions": positions,
+              "flops": 6 * (body * tokens + words * positions), "matmul": matmul_flops(gpu)}
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
+
+
+def run(variant, folder, a):
+    """One run in processes of its own: what child() measured, memory and matmul summed over the workers."""
+    threads = str(max(1, (os.cpu_count() or 1) // a.workers))
+    environ = os.environ | {"OMP_NUM_THREADS": threads, "TORCHDYNAMO_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={a.workers}", __file__]
+    options = ["--child", variant, str(folder), "--samples", str(a.samples), "--eval-samples", str(a.eval_samples), *(["--gpu"] if a.gpu else [])]
+    done = subprocess.run(command + options, env=environ, text=True, check=False, capture_output=True)
+    if done.returncode:
+        raise SystemExit(f"ERROR: {variant} ended with exit status {done.returncode}\n{done.stderr[-3000:]}")
+    first, *others = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(a.workers)]
+    for key in ("memory", "matmul"):
+        first[key] += sum(other[key] for other in others)
+    first["rate"] = BATCH * a.workers / statistics.median(first["steps"])  # samples/s
+    first["share"] = first["flops"] * a.workers / statistics.median(first["steps"]) / first["matmul"]
+    return first
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3, help="runs of each, in turn (default 3)")
+    parser.add_argument("--samples", type=int, default=16, help="training questions of a run (default 16); a step takes 2 a worker")
+    parser.add_argument("--eval-samples", type=int, default=8, help="validation questions (default 8)")
+    parser.add_argument("--workers", type=int, default=2, help="processes, as WORKERS_PER_TRIAL (default 2)")
+    parser.add_argument("--gpu", action="store_true", help="the 560M configuration in fp16, one GPU a worker")
+    parser.add_argument("--child", nargs=2, metavar=("VARIANT", "FOLDER"), help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.child:
+        child(a.child[0], Path(a.child[1]), a.samples, a.eval_samples, a.gpu)
+        return
+    if min(a.runs, a.eval_samples, a.workers) < 1 or a.samples < 2 * BATCH * a.workers:
+        parser.error(f"--samples {a.samples}: give at least {2 * BATCH * a.workers}, two steps; and --runs, --eval-samples and --workers at least 1")
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if a.gpu and gpus < a.workers:
+        parser.error(f"--gpu: PyTorch sees {gpus} GPUs for {a.workers} workers; give --workers {max(gpus, 1)}, or leave --gpu out")
+    runs = {"recipe": [], "ours": []}
+    with tempfile.TemporaryDirectory() as folder:
+        folder, squad = Path(folder), REPO.parent / "shared/squad"
+        if not squad.is_dir():
+            subprocess.run([sys.executable, REPO / "scripts/demo_assets.py", folder / "demo"], check=True, stdout=subprocess.DEVNULL)
+            squad = folder / "demo/squad"
+        os.environ["SQUAD_DATA"] = str(squad)
+        make_model(load_module(SCRIPT), folder / "model", squad, BLOOM_560M if a.gpu else SMALL)
+        for _ in range(a.runs):
+            for variant, found in runs.items():
+                found.append(run(variant, folder, a))
+
+    print(f"\n{a.workers} worker(s), {'GPU, 560M, fp16' if a.gpu else f'{os.cpu_count()} cores, no GPU, 69M, fp32'}, {a.samples} samples, seed {SEED}, {a.runs} run(s)\n")
+    print("| | recipe | ours | ratio |\n|---|---|---|---|")
+
+    def row(name, value, form):
+        recipe, ours = ([value(result) for result in found] for found in runs.values())
+        median = statistics.median(ours) / statistics.median(recipe)
+        cells = [f"{statistics.median(v):{form}} ({min(v):{form}} to {max(v):{form}})" for v in (recipe, ours)]
+        print(f"| {name} | {' | '.join(cells)} | {median:.2f} |")
+
+    row("samples/s, training", lambda r: r["rate"], ".2f")
+    row("samples/s, evaluation", lambda r: a.eval_samples / r["eval"][1], ".2f")
+    row("peak memory of all workers, GB", lambda r: r["memory"] / 1e9, ".2f")
+    row("tokens of a worker's batch", lambda r: r["tokens"], ".0f")
+    row("positions with logits", lambda r: r["positions"], ".0f")
+    row("share of the measured matrix throughput", lambda r: r["share"], ".3f")
+    row("eval loss after the epoch", lambda r: r["eval"][0], ".6f")
+    recipe, ours = (found[0] for found in runs.values())
+    apart = [abs(x - y) for x, y in zip(recipe["losses"], ours["losses"], strict=True)]
+    print(f"\nlargest difference of a batch's loss, all batches of the epoch: {max(apart):.1e}"
+          f"; relative difference of the eval loss: {abs(ours['eval'][0] / recipe['eval'][0] - 1):.1e}")
+
+
+if __name__ == "__main__":
+    main()
