@@ -30,7 +30,8 @@ unset RESUME                                                 # of a run that is 
 
 settings=$(python "$SEARCH" --get MODEL_NAME SQUAD_DATA)     # checks them all, and makes folders absolute
 { read -r MODEL_NAME; read -r SQUAD_DATA; } <<<"$settings"
-mkdir -p "$FOLDER" 2>/dev/null && [[ -w $FOLDER ]] || fail "FOLDER='$FOLDER': cannot be made or written to; give another one"
+{ mkdir -p "$FOLDER" && [[ -w $FOLDER ]]; } 2>/dev/null ||
+    fail "FOLDER='$FOLDER': cannot be made or written to; give another one"
 exec 9>"$FOLDER/.lock"                                       # two at once take turns
 flock 9
 paths=$(python "$REPO/scripts/prefetch.py" "$MODEL_NAME" "$SQUAD_DATA" "$FOLDER")
