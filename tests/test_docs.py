@@ -152,6 +152,8 @@ TOOLS = [
     "scripts/raytune_hpo/raytune_asha_scheduler/raytune_asha_hpo.py",
     "scripts/demo_assets.py",
     "scripts/setup_env.sh",
+    "scripts/prefetch.sh",
+    "scripts/prefetch.py",
     "scripts/quickstart.sh",
     "scripts/check_site.sh",
     "tests/mini_slurm.sh",

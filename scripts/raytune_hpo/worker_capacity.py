@@ -4,6 +4,7 @@
     python worker_capacity.py                                  # the exercise's worker node: 20 CPUs, 8 GPUs
     python worker_capacity.py --Cnode 32 --Gnode 4 --nodes 3   # another one
     python worker_capacity.py --slots --Cnode 20 --Gnode 0     # the number alone, for scripts
+    python worker_capacity.py --job FILE.slurm                 # Cnode and Gnode from the #SBATCH lines of a job script
 
 W, Cw and Gw come from WORKERS_PER_TRIAL, CPUS_PER_WORKER and GPUS_PER_WORKER unless given; Cnode and Gnode, inside a
 Slurm job or on a machine with GPUs, from there.
@@ -11,6 +12,7 @@ Slurm job or on a machine with GPUs, from there.
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +41,27 @@ def this_machine():
     return 20, 8, "the exercise's worker node"
 
 
+def asked_for(text):
+    """(CPUs, GPUs, whole): what the #SBATCH lines of a job script for one node with one task ask for; whole: --exclusive.
+
+    As sbatch reads them: the last of two lines counts, none after the first command, none with ## in front. GPUs may be
+    given as --gpus-per-node, --gpus, --gpus-per-task or --gres, with or without their type.
+    """
+    options = {}
+    for line in text.splitlines():
+        if line.strip() and not line.startswith("#"):
+            break
+        if match := re.match(r"#SBATCH\s+(?:--([a-z-]+)|-([cG]))(?:(?:=|\s+|(?<=-[cG]))([^\s#]\S*))?", line):
+            options[match[1] or {"c": "cpus-per-task", "G": "gpus"}[match[2]]] = match[3] or ""
+    gpus = [re.search(r"(?:^|:)(\d+)$", options[name]) for name in ("gpus-per-node", "gpus", "gpus-per-task") if options.get(name)]
+    counts = [int(gpu[1]) if gpu else 1 for gpu in gpus]
+    for gres in options.get("gres", "").split(","):
+        kind, _, count = gres.partition(":")
+        if kind.removeprefix("gres/") == "gpu":
+            counts.append(int(number[1]) if (number := re.search(r"(?:^|:)(\d+)(?:\(.*)?$", count)) else 1)
+    return int(options.get("cpus-per-task") or 1), max(counts, default=0), "exclusive" in options
+
+
 def main():
     """Prints the two inequalities with numbers; exit status 1 if not even one trial fits."""
     env = os.environ.get
@@ -55,13 +78,22 @@ def main():
     ):
         parser.add_argument(f"--{name}", type=whole_number(low), default=default, help=f"{meaning} (default {default})")
     parser.add_argument("--slots", action="store_true", help="print T alone")
+    parser.add_argument("--job", metavar="FILE", help="a job script: Cnode and Gnode are what its #SBATCH lines ask for")
     a = parser.parse_args()
+    if a.job:
+        with open(a.job, encoding="utf-8") as file:
+            a.Cnode, a.Gnode, whole = asked_for(file.read())
+        if a.Gnode == 0 and "GPUS_PER_WORKER" not in os.environ:  # nodes without GPUs: a trial asks for none, unless told to
+            a.Gw = 0
+        if whole:
+            print("capacity: a worker takes its whole node (--exclusive); it counts CPUs and GPUs when it starts")
+            return 0
     T = trials_at_once(a.W, a.Cw, a.Gw, a.Csys, a.Cnode, a.Gnode)
     if a.slots:
         print(T)
         return 0
     print(f"capacity: {T} trial(s) at once on a node, {T * a.nodes} on {a.nodes} node(s)")
-    if not any(option.startswith(("--Cnode", "--Gnode")) for option in sys.argv):
+    if not any(option.startswith(("--Cnode", "--Gnode", "--job")) for option in sys.argv):
         print(f"  Cnode = {a.Cnode} and Gnode = {a.Gnode}: {source}")
     inequalities(a, max(T, 1))  # if none fits, the inequality that one trial breaks
     more_cpus, more_gpus = a.Csys + (T + 1) * a.W * a.Cw - a.Cnode, (T + 1) * a.W * a.Gw - a.Gnode

@@ -1,0 +1,42 @@
+#!/bin/bash
+# On a login node: puts model and data into a folder, for a run on nodes that cannot reach the Hugging Face hub.
+#
+#   exports=$(bash scripts/prefetch.sh) && eval "$exports"              # fetch; set the variables; then sbatch as usual
+#   MODEL_NAME=bigscience/bloom-1b1 bash scripts/prefetch.sh /scratch/course      # another model, another folder
+#
+# MODEL_NAME and SQUAD_DATA are hub ids or local folders, as for a run. The folder (default: prefetched, at the top of the
+# repository) must be one that the compute nodes see. What it holds already is not fetched again; a download that was cut
+# short goes on. Prints the export lines of the run on stdout, everything else on stderr. Exit status 0 only if a run would
+# find all that it needs; 2 with one line for each thing that is wrong.
+set -euo pipefail
+
+REPO=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+SEARCH=$REPO/scripts/raytune_hpo/raytune_asha_scheduler/raytune_asha_hpo.py
+
+fail() {
+    printf 'ERROR: %s\n' "$*" >&2
+    exit 2
+}
+
+case ${1:-} in
+    -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -*) fail "$1: no such option; see: bash scripts/prefetch.sh --help" ;;
+esac
+(($# <= 1)) || fail "$*: give one folder, in quotes if its name has spaces"
+FOLDER=$(realpath -m -- "${1:-$REPO/prefetched}")
+[[ ! -x $REPO/.venv/bin/python ]] || PATH=$REPO/.venv/bin:$PATH
+command -v python >/dev/null || fail "no python found; run: bash scripts/setup_env.sh"
+unset RESUME                                                 # of a run that is to be continued; it has its own settings
+
+settings=$(python "$SEARCH" --get MODEL_NAME SQUAD_DATA)     # checks them all, and makes folders absolute
+{ read -r MODEL_NAME; read -r SQUAD_DATA; } <<<"$settings"
+{ mkdir -p "$FOLDER" && [[ -w $FOLDER ]]; } 2>/dev/null ||
+    fail "FOLDER='$FOLDER': cannot be made or written to; give another one"
+exec 9>"$FOLDER/.lock"                                       # two at once take turns
+flock 9
+paths=$(python "$REPO/scripts/prefetch.py" "$MODEL_NAME" "$SQUAD_DATA" "$FOLDER")
+{ read -r MODEL_NAME; read -r SQUAD_DATA; } <<<"$paths"
+export MODEL_NAME SQUAD_DATA HF_HUB_OFFLINE=1
+echo "a run would use:" >&2
+python "$SEARCH" --check >&2
+printf 'export MODEL_NAME=%q\nexport SQUAD_DATA=%q\nexport HF_HUB_OFFLINE=1\n' "$MODEL_NAME" "$SQUAD_DATA"
