@@ -157,6 +157,7 @@ TOOLS = [
     "tests/soak.sh",
     "tests/benchmarks/bringup.py",
     "tests/benchmarks/turnover.py",
+    "tests/benchmarks/scale.py",
 ]
 
 

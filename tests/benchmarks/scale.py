@@ -95,7 +95,8 @@ class ARun:
     def __init__(self, course, environ, every=1.0):
         self.course, self.lines, self.looks = course, [], []
         self.process = subprocess.Popen(["bash", HEAD], cwd=course, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        threading.Thread(target=self.read, daemon=True).start()
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
         self.job = wait_for(lambda: next((m[1] for _, line in self.lines if (m := re.search(r"JOB (\S+) START", line))), None), 30, "START")
         threading.Thread(target=self.look, args=[every], daemon=True).start()
 
