@@ -11,6 +11,7 @@ NUM_EPOCHS epochs, in one process. Nothing else should run on the machine.
 """
 
 import argparse
+import atexit
 import os
 import re
 import resource
@@ -27,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import HEAD, REPO, command_of, copy_of_the_course, pids, wait_for
 
 TRIAL = '''
-def run_trial(config, **_):  # the one above costs a training; this one nothing
+def run_trial(config, settings, **_):  # the one above costs a training; this one nothing
     from ray import tune
 
     lr = config["train_loop_config"]["lr"]
-    for epoch in range(1, int(os.environ["BENCHMARK_EPOCHS"]) + 1):
-        time.sleep(float(os.environ["BENCHMARK_SECONDS"]))
+    for epoch in range(1, settings.NUM_EPOCHS + 1):
+        time.sleep(SECONDS)
         tune.report({"eval_loss": 1 + abs(math.log10(lr) + 3) / epoch, "epoch": float(epoch)})
 
 
@@ -40,22 +41,25 @@ if __name__ == "__main__":'''
 ENDS = ("  stopped ", "  finished ", "  ended ", "  FAILED ")
 
 
-def course_of_cheap_trials(folder, at_once, one_process=False):
-    """The exercise's folder in a copy of the repository with the trial above, and `at_once` places for trials on this machine."""
+def course_of_cheap_trials(folder, at_once, one_process=False, seconds=0):
+    """The exercise's folder in a copy of the repository with the trial above, and `at_once` places for trials on this machine.
+
+    one_process: trials that follow one another share a process. seconds: what an epoch takes.
+    """
     course = copy_of_the_course(folder)
     script, head = course.parents[3] / "scripts/raytune_hpo/raytune_asha_scheduler/raytune_asha_hpo.py", course / HEAD
-    text = script.read_text().replace('\nif __name__ == "__main__":', TRIAL)
+    text = script.read_text().replace('\nif __name__ == "__main__":', TRIAL.replace("SECONDS", str(seconds)))
     if one_process:
         text = text.replace("tune_config=tune.TuneConfig(", "tune_config=tune.TuneConfig(reuse_actors=True,")
     offer = 'offer=(--num-cpus="$((slots * W * Cw))" --num-gpus="$gpus")'
-    assert TRIAL in text and offer in head.read_text() and (not one_process or "reuse_actors" in text)
+    assert "# the one above" in text and offer in head.read_text() and (not one_process or "reuse_actors" in text)
     script.write_text(text)
     head.write_text(head.read_text().replace(offer, f"offer=(--num-cpus={at_once} --num-gpus=0)"))
     return course
 
 
-def settings(course, trials, epochs=5, seconds=0.0):
-    """Environment of a run of cheap trials. seconds: of an epoch."""
+def settings(course, trials, epochs=5):
+    """Environment of a run of cheap trials."""
     demo = course.parents[3] / ".demo"
     if not demo.exists():
         subprocess.run([sys.executable, REPO / "scripts/demo_assets.py", demo], check=True, stdout=subprocess.DEVNULL)
@@ -63,7 +67,7 @@ def settings(course, trials, epochs=5, seconds=0.0):
     return outside | {
         "MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "TRAIN_SAMPLES": "2", "EVAL_SAMPLES": "2",
         "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "1", "NUM_SAMPLES": str(trials), "NUM_EPOCHS": str(epochs), "SEED": "42",
-        "LR_LOWER": "1e-5", "LR_UPPER": "1e-1", "BENCHMARK_EPOCHS": str(epochs), "BENCHMARK_SECONDS": str(seconds),
+        "LR_LOWER": "1e-5", "LR_UPPER": "1e-1",
     }  # fmt: skip
 
 
@@ -95,6 +99,7 @@ class ARun:
     def __init__(self, course, environ, every=1.0):
         self.course, self.lines, self.looks = course, [], []
         self.process = subprocess.Popen(["bash", HEAD], cwd=course, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        atexit.register(self.process.terminate)  # nothing, once it has ended
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
         self.job = wait_for(lambda: next((m[1] for _, line in self.lines if (m := re.search(r"JOB (\S+) START", line))), None), 30, "START")
@@ -195,8 +200,8 @@ while kill -0 "$RAY" 2>/dev/null && read -r -t 1 _ || (($? > 128)); do :; done  
 
 def many_nodes(folder, steps):
     """Rows of a table: worker nodes of one place each join, up to the last of `steps`, and leave again."""
-    course, workers, rows = course_of_cheap_trials(folder, at_once=0), [], []
-    run = ARun(course, settings(course, trials=4 * max(steps), epochs=1, seconds=3600))
+    course, workers = course_of_cheap_trials(folder, at_once=0, seconds=3600), []
+    run = ARun(course, settings(course, trials=4 * max(steps), epochs=1))
     try:
         wait_for(lambda: "cluster: " in run.log(), 120, f"the search to start; log:\n{run.log()}")
         for wanted in [*steps, *reversed([0, *steps[:-1]])]:
@@ -214,14 +219,13 @@ def many_nodes(folder, steps):
             moved = time.monotonic() - began
             wait_for(lambda n=wanted: run.in_flight() == n, 240, f"{wanted} trials in flight, not {run.in_flight()}; log:\n{run.log()[-3000:]}")
             followed, seen = time.monotonic() - began, look_at(run.job)
-            rows.append([wanted, f"{change:+d}", moved, followed, *(round(seen[kind]) for kind in ("driver", "gcs", "dashboard", "raylet")), seen["processes"]])
+            yield [wanted, f"{change:+d}", moved, followed, *(round(seen[kind]) for kind in ("driver", "gcs", "dashboard", "raylet")), seen["processes"]]
     finally:
         run.end()
         for worker in workers:
             worker.stdin.close()
         for worker in workers:
             worker.wait(120)
-    return rows
 
 
 def show(value):
@@ -237,6 +241,7 @@ def main():
     parser.add_argument("--nodes", type=int, nargs="+", help="numbers of worker nodes, increasing; instead of --trials")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep logs and run folders here")
     a = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what it has started
     if min(a.trials) < 12 or a.at_once < 1 or (a.nodes and (a.nodes != sorted(set(a.nodes)) or a.nodes[0] < 1)):
         parser.error("--trials wants 12 or more, --at-once 1 or more, --nodes different numbers from 1, increasing")
     folder = Path(tempfile.mkdtemp(prefix="scale.", dir=a.keep or "/tmp"))
@@ -245,7 +250,7 @@ def main():
             print("| nodes | change | s to join or leave | s until as many trials run | driver MB | gcs MB | dashboard MB | raylet MB | processes of the head |")
             print("|---|---|---|---|---|---|---|---|---|")
             for row in many_nodes(folder / "nodes", a.nodes):
-                print("| " + " | ".join(map(show, row)) + " |")
+                print("| " + " | ".join(map(show, row)) + " |", flush=True)
         else:
             columns = [many_trials(folder / f"{i}", trials, a.minutes, a.at_once, a.one_process) for i, trials in enumerate(a.trials)]
             print("| trials | " + " | ".join(map(str, a.trials)) + " |\n|---|" + "---|" * len(columns))
