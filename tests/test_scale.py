@@ -20,7 +20,7 @@ def test_a_hundred_and_twenty_trials_have_a_line_and_a_row_each_and_leave_no_pro
     log, reports = run.log(), reports_of(run.folder())
     assert len(reports) == 120
     rows = {row["Trial name"]: row for row in table_of(log)}
-    lines = dict(re.findall(r"search \| (TorchTrainer_\S+)  (?:stopped|finished) .*?  eval_loss (\S+)  lr ", log))
+    lines = dict(re.findall(r"search \| (TorchTrainer_\S+)  (?:stopped|finished) .*?  eval_loss (\S+)  seconds ", log))
     assert set(rows) == set(lines) == set(reports)
     for name, reported in reports.items():
         assert int(rows[name]["iter"]) == len(reported)

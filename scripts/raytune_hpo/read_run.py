@@ -248,6 +248,7 @@ def read_event(run, name, what, rest, second):
             epoch = re.search(r"epoch (\d{1,9})$", rest)
             trial.epochs = int(epoch[1]) if epoch else run.number("NUM_EPOCHS", 0)
             trial.reports = [(float(trial.epochs), float(number_or(values.pop("eval_loss"), math.nan)))]
+            trial.runtime = finite_or_none(values.pop("seconds", None))
             trial.params |= values
         trial.end = second
         trial.status = {"finished": "finished", "stopped": "stopped by ASHA", "ended": "diverged"}.get(what, "FAILED")

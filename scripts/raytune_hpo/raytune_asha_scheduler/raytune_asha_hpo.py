@@ -786,7 +786,8 @@ def search(s, run_dir):
                 end = f"ended      diverged at epoch {epoch:g}"
             else:
                 end = "finished   all epochs" if epoch >= s.NUM_EPOCHS else f"stopped    by ASHA after epoch {epoch:g}"
-            say(f"{trial}  {end}" + (f"  eval_loss {loss:.5f}  {self.drawn(trial)}" if self.many else ""))
+            seconds = trial.last_result.get("time_total_s", 0)
+            say(f"{trial}  {end}" + (f"  eval_loss {loss:.5f}  seconds {seconds:.1f}  {self.drawn(trial)}" if self.many else ""))
             shutil.rmtree(run_dir / "checkpoints" / trial.trial_id, ignore_errors=True)
             self.count()
 
