@@ -162,6 +162,7 @@ TOOLS = [
     "tests/benchmarks/training_step.py",
     "tests/benchmarks/turnover.py",
     "tests/benchmarks/asha_savings.py",
+    "tests/benchmarks/scale.py",
 ]
 
 

@@ -242,6 +242,14 @@ def read_event(run, name, what, rest, second):
     elif what == "lost":
         trial.start, trial.status = None, "pending"
     else:
+        rest, *further = re.split(r"\s{2,}", rest or "") if what != "FAILED" else [rest]
+        values = {key: value_of(value) for key, _, value in (word.partition(" ") for word in further)}
+        if "eval_loss" in values:  # with many trials this is a trial's only line
+            epoch = re.search(r"epoch (\d{1,9})$", rest)
+            trial.epochs = int(epoch[1]) if epoch else run.number("NUM_EPOCHS", 0)
+            trial.reports = [(float(trial.epochs), float(number_or(values.pop("eval_loss"), math.nan)))]
+            trial.runtime = finite_or_none(values.pop("seconds", None))
+            trial.params |= values
         trial.end = second
         trial.status = {"finished": "finished", "stopped": "stopped by ASHA", "ended": "diverged"}.get(what, "FAILED")
         if what == "FAILED":
@@ -419,6 +427,8 @@ def settle(run):
     trials = list(run.trials.values())
     full = run.number("NUM_EPOCHS", max((trial.epochs for trial in trials), default=0))
     for trial in trials:
+        if trial.start is None and None not in (trial.end, trial.runtime):  # a log without lines of starts
+            trial.start = max(0.0, trial.end - trial.runtime)
         losses = [loss for _, loss in trial.reports] or ([trial.last] if trial.last is not None else [])
         if trial.status == "ended":
             bad = losses and not math.isfinite(losses[-1])

@@ -36,6 +36,7 @@ DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_config.json"
 MAX_LENGTH = 512  # tokens of prompt + answer + end-of-sequence; longer contexts are cut (see encode)
 EVAL_BATCH_SIZE = 8  # samples per device; it does not change eval_loss (see AnswerLossTrainer)
 RESTARTS = 3  # of a trial whose node was lost
+MANY_TRIALS = 100  # with more, the log has one line a trial, at its end, instead of one for each start, report and end
 
 
 # ======================================================================================================================
@@ -637,7 +638,6 @@ QUIETER_AND_FASTER = {  # for every process of the run
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a busy node may need longer than the default 60 s
     "RAY_AIR_NEW_OUTPUT": "0",  # the boxed table of trials
     "TUNE_WARN_THRESHOLD_S": "60",
-    "TUNE_GLOBAL_CHECKPOINT_S": "0.5",  # how old the saved state of the trials can be from which a run is continued
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # to ask whether there are GPUs must not wake up CUDA (see import_ahead)
     "TORCHDYNAMO_DISABLE": "1",  # else DeepSpeed loads torch's compiler for an optimizer not used here: 1.3 s a trial
     "TOKENIZERS_PARALLELISM": "false",
@@ -745,8 +745,27 @@ class Remembers:
         return self.decisions[key]
 
     def choose_trial_to_run(self, controller):
-        waiting = [trial for trial in controller.get_trials() if trial.status == "PENDING"]
+        waiting = [trial for trial in controller.get_live_trials() if trial.status == "PENDING"]  # not those that have ended
         return min(waiting, key=lambda trial: trial.trial_id, default=None)  # in the order drawn, also when continued
+
+
+def write_results_in_place():
+    """Tune's files of a trial go to the run folder at once, and the saved state of all trials replaces the one before.
+
+    Ray's own writes all files to this node's disk and copies all of them, those of ended trials too, at each save: with
+    1,000 trials 5,000 files each half second, to a file system that others use. A file that is just being copied when the
+    run is killed is cut off; one that is replaced (os.replace) is the old or the new one. (It reaches into Ray 2.60.)
+    """
+    from ray.train._internal import storage
+
+    def replace_state(self, local_dir, remote_dir, exclude=None):
+        for file in filter(Path.is_file, Path(local_dir).iterdir()):
+            shutil.copy(file, f"{remote_dir}/.{file.name}.new")
+            os.replace(f"{remote_dir}/.{file.name}.new", f"{remote_dir}/{file.name}")
+        return True
+
+    storage.StorageContext.trial_driver_staging_path = property(lambda self: self.trial_fs_path)
+    storage._FilesystemSyncer.sync_up = replace_state
 
 
 def try_again(trial):
@@ -825,16 +844,32 @@ def search(s, run_dir):
 
     # No more trials are made ready than can start, so they start in the order drawn (see choose_trial_to_run).
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, slots))
+    # How old, in s, the saved state can be from which a run is continued. A save takes longer the more trials there are.
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(max(0.5, s.NUM_SAMPLES / 500))
+    write_results_in_place()
 
     class Progress(tune.Callback):
-        """One line for each start, report and end of a trial."""
+        """One line for each start, report and end of a trial; with MANY_TRIALS one for each end, and one for each tenth."""
+
+        many = s.NUM_SAMPLES > MANY_TRIALS
+        ended = None  # trials, also those of earlier parts of a continued run
+        best = math.inf
+
+        def drawn(self, trial):
+            return "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.config["train_loop_config"].items())
 
         def on_trial_start(self, iteration, trials, trial, **info):
-            drawn = trial.config["train_loop_config"]
-            say(f"{trial}  started    {'  '.join(f'{k} {v:.3g}' if isinstance(v, float) else f'{k} {v}' for k, v in drawn.items())}")
+            if self.ended is None:
+                self.ended = sum(trial.is_finished() for trial in trials)
+                for earlier in trials:  # min() keeps its first if the second is NaN
+                    self.best = min(self.best, earlier.metric_analysis.get("eval_loss", {}).get("min", math.inf))
+            if not self.many:
+                say(f"{trial}  started    {self.drawn(trial)}")
 
         def on_trial_result(self, iteration, trials, trial, result, **info):
-            say(f"{trial}  epoch {result['epoch']:g}/{s.NUM_EPOCHS}  eval_loss {result['eval_loss']:.5f}")
+            self.best = min(self.best, result["eval_loss"])
+            if not self.many:
+                say(f"{trial}  epoch {result['epoch']:g}/{s.NUM_EPOCHS}  eval_loss {result['eval_loss']:.5f}")
 
         def on_trial_complete(self, iteration, trials, trial, **info):
             loss, epoch = trial.last_result.get("eval_loss", math.nan), trial.last_result.get("epoch", 0)
@@ -842,14 +877,22 @@ def search(s, run_dir):
                 end = f"ended      diverged at epoch {epoch:g}"
             else:
                 end = "finished   all epochs" if epoch >= s.NUM_EPOCHS else f"stopped    by ASHA after epoch {epoch:g}"
-            say(f"{trial}  {end}")
+            seconds = trial.last_result.get("time_total_s", 0)
+            say(f"{trial}  {end}" + (f"  eval_loss {loss:.5f}  seconds {seconds:.1f}  {self.drawn(trial)}" if self.many else ""))
             shutil.rmtree(run_dir / "checkpoints" / trial.trial_id, ignore_errors=True)
+            self.count()
+
+        def count(self):
+            self.ended += 1
+            if self.many and self.ended % (s.NUM_SAMPLES // 10) == 0:
+                say(f"{self.ended} of {s.NUM_SAMPLES} trials have ended, the lowest eval_loss is {self.best:.5f}")
 
         def on_trial_recover(self, iteration, trials, trial, **info):
             say(f"{trial}  lost       with its node ({trial.run_metadata.num_failures} of at most {RESTARTS} times); starts again")
 
         def on_trial_error(self, iteration, trials, trial, **info):
             say(f"{trial}  FAILED     {cause_of(Path(trial.error_file).read_text() if trial.error_file else '')}")
+            self.count()
 
     class FinalTable(tune.CLIReporter):
         """Ray's boxed table of trials, once at the end instead of every 30 seconds, without the lines around it."""
