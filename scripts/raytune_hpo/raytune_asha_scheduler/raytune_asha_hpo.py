@@ -774,8 +774,8 @@ def best_report(results):
             continue
         for row in result.metrics_dataframe.to_dict("records"):
             if math.isfinite(row["eval_loss"]) and (best is None or row["eval_loss"] < best["eval_loss"]):
-                drawn = {key.split("/")[-1]: value for key, value in row.items() if key.startswith("config/train_loop_config/")}
                 best = {key: row[key] for key in ("eval_loss", "epoch", "time_total_s")}
+                drawn = {key.split("/")[-1]: value for key, value in row.items() if key.startswith("config/train_loop_config/")}
                 best["config"] = {"train_loop_config": drawn} if drawn else result.config  # at that report: PBT changes it later
     return best
 
