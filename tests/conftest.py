@@ -221,3 +221,26 @@ def quickstart(course, *command, **variables):
 
 def job_of(log):
     return re.search(r"===== JOB (\S+) START", log)[1]
+
+
+# ---- The page of exercises -------------------------------------------------------------------------------------------
+def exercise(number):
+    """The section of this exercise in EXERCISES.md."""
+    return re.search(rf"^## {number}\. .*?(?=^## |\Z)", (EXERCISE / "EXERCISES.md").read_text(), re.MULTILINE | re.DOTALL)[0]
+
+
+def fenced(section, language):
+    """The fenced blocks of a language in it."""
+    return re.findall(rf"^```{language}\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+
+
+def edit(course, section):
+    """Changes the search script of a copy of the repository as the section's diff says."""
+    script = course.parents[3] / SCRIPT.relative_to(REPO)
+    text = script.read_text()
+    for diff in fenced(section, "diff"):
+        old, new = ("".join(f"{line[1:]}\n" for line in diff.splitlines() if not line.startswith(sign)) for sign in "+-")
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    script.write_text(text)
+    return script

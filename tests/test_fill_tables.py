@@ -136,6 +136,22 @@ def test_csv_and_json_hold_the_same_values(read, tmp_path):
     assert run["best"]["eval_loss"] == 0.32173068235405006
 
 
+def test_the_summary_of_many_logs_has_one_row_a_run_and_names_those_that_are_not_complete(tmp_path):
+    cut = COMPLETE[: COMPLETE.index("_00006  epoch 3/5")]
+    for name, text in {"anna.out": COMPLETE, "ben.out": cut, "cleo.out": "no log\n"}.items():
+        (tmp_path / name).write_text(text)
+    answer = fill(*sorted(tmp_path.glob("*.out")), "--summary", tmp_path / "class.csv")
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1 and "cleo.out" in answer.stderr
+    anna, ben = csv.DictReader((tmp_path / "class.csv").open())
+    assert anna["log"].endswith("anna.out") and anna["state"] == "complete" and anna["trials"] == "12" and anna["seed"] == "42"
+    assert [float(anna[key]) for key in ("total time (s)", "epochs trained", "epochs of the full grid")] == [474, 37, 60]
+    assert [float(anna[f"best {name}"]) for name in ("learning rate", "batch size", "weight decay")] == [0.0015731191654258477, 1, 0]
+    assert float(anna["eval loss"]) == 0.32173068235405006 and anna["epochs"] == "5.0"
+    total = sum(result["reports"][-1]["time_total_s"] for result in RESULTS.values())
+    assert float(anna["sum of runtimes (s)"]) == pytest.approx(total, rel=1e-4)
+    assert ben["state"].startswith("partial") and ben["trials"] == "7" and ben["job finish"] == ""
+
+
 def test_a_run_folder_gives_all_digits_with_and_without_the_log(tmp_path):
     folder = tmp_path / "runs/local-1124-021555-3046"
     for name, result in RESULTS.items():

@@ -214,6 +214,21 @@ def write_csv(path, runs):
                               *(t.params.get(name) for name in extra), t.status, t.epochs, t.best(), t.name, t.cause])
 
 
+def write_summary(path, runs):
+    """One row a run, values unrounded: what a student's three tables must agree with."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(["log", "job", "state", "job start", "job finish", "total time (s)", "model", "seed", "trials", "failed or diverged",
+                      "epochs trained", "epochs of the full grid", "sum of runtimes (s)", *(f"best {title}" for title in TITLES.values()),
+                      "eval loss", "total runtime (s)", "epochs"])
+        for run in runs:
+            s, best = totals(run), run.best or {"params": {}}
+            bad = sum(t.status in ("FAILED", "diverged") for t in run.trials.values())
+            out.writerow([run.source, run.job, run.state(), run.start, run.finish, run.now, run.settings.get("MODEL_NAME"), run.settings.get("SEED"),
+                          len(run.trials), bad, s["epochs_trained"], s["epochs_full_grid"], round(s["sum_of_runtimes_s"], 3),
+                          *(best["params"].get(name) for name in TITLES), *(best.get(key) for key in ("eval_loss", "time_total_s", "epoch"))])
+
+
 def comparison(manual, others):
     """The cost table of a manual grid and searches, and below it what makes them not comparable."""
     rows, below = [], []
@@ -257,6 +272,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="LOG_OR_RUN_FOLDER", help="log of a head job, run folder, or log or CSV of the manual grid")
     parser.add_argument("--csv", metavar="FILE", help="write the trials, one row each")
+    parser.add_argument("--summary", metavar="FILE", help="write one row a run, as CSV: job, state, times, epochs, best; for grading many logs")
     parser.add_argument("--json", metavar="FILE", help="write everything: a list of runs")
     parser.add_argument("--plots", metavar="DIR", type=Path, help="write pictures (PNG) and report.html; with several inputs into DIR/<job>")
     parser.add_argument("--compare", action="store_true", help="print the cost table: the first input is the manual grid, the others are searches")
@@ -287,6 +303,8 @@ def main():
     try:
         if a.csv:
             write_csv(a.csv, runs)
+        if a.summary:
+            write_summary(a.summary, runs)
         if a.json:
             Path(a.json).write_text(json.dumps([as_json(run) for run in runs], indent=1, allow_nan=False, default=str) + "\n", encoding="utf-8")
         if a.plots:

@@ -16,6 +16,7 @@ right? nothing is started), and with --run-dir DIR (the search itself, on the Ra
 
 import argparse
 import difflib
+import itertools
 import json
 import logging
 import math
@@ -72,6 +73,13 @@ def scheduler(s):
         max_t=s.NUM_EPOCHS,  # epochs no trial trains beyond
         reduction_factor=2,  # keep the best 1/2 at each rung
     )
+
+
+def sampler(s):
+    """Who draws from the search space: chance, so no trial's result has a say in the next trial's hyperparameters."""
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    return BasicVariantGenerator(random_state=s.SEED)
 
 
 # ======================================================================================================================
@@ -233,6 +241,26 @@ def check_search_space(space):
         )
 
 
+def check_scheduler(chosen, s):
+    """Raises InputError if the scheduler, such as PBT or HyperBand, needs what the settings do not give."""
+    from ray.tune.schedulers import HyperBandScheduler, PopulationBasedTraining
+
+    problems, name = [], type(chosen).__name__
+    if isinstance(chosen, (PopulationBasedTraining, HyperBandScheduler)) and not s.CHECKPOINTS:
+        problems.append(f"CHECKPOINTS='0': {name} interrupts trials and lets them go on from checkpoints; set CHECKPOINTS=1")
+    if isinstance(chosen, PopulationBasedTraining):
+        mutated = chosen._hyperparam_mutations.get("train_loop_config")
+        if not isinstance(mutated, dict) or not mutated:
+            problems.append('scheduler: hyperparam_mutations names nothing that is drawn; write {"train_loop_config": {"lr": ...}}')
+        for key in STEPS_PER_EPOCH & set(mutated or ()):
+            problems.append(f"scheduler: {key!r} cannot change within a training, it sets the steps of an epoch; take it out of hyperparam_mutations")
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+STEPS_PER_EPOCH = {"per_device_bs", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"}
+
+
 # ======================================================================================================================
 # Data: SQuAD questions -> token ids, once per run
 # ======================================================================================================================
@@ -381,10 +409,11 @@ def keep_freed_memory():
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
-def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), checkpoints=None):
+def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), checkpoints=None, start_from=None):
     """Train one configuration for NUM_EPOCHS epochs, with an evaluation after each; returns the Trainer.
 
-    checkpoints: a folder that keeps the state after the last epoch; if it holds one, training goes on from there.
+    checkpoints: a folder for the state after each epoch. start_from: such a state, from which training goes on, with this
+    call's hyperparameters: what they were when it was saved does not matter.
 
     Runs in every process of a data-parallel group, or in a single process. hyperparameters: the drawn
     train_loop_config. The loss to compare is `eval_loss`: mean negative log-likelihood (nats) per answer token.
@@ -395,7 +424,6 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), checkpoin
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
 
     gpu = torch.cuda.is_available() and s.GPUS_PER_WORKER > 0
     if not gpu:
@@ -424,6 +452,19 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), checkpoin
             tokens = (labels != -100).sum(1)
             return None, torch.stack([losses.sum(1), tokens], dim=1), tokens
 
+        def create_optimizer(self, *arguments):
+            optimizer = super().create_optimizer(*arguments)
+            self.drawn = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+            return optimizer
+
+        def _load_optimizer_and_scheduler(self, checkpoint):
+            """Of a checkpoint count the weights, Adam's averages and the place in the schedule. Its hyperparameters do not:
+            they may be another trial's (PBT)."""
+            super()._load_optimizer_and_scheduler(checkpoint)
+            for group, drawn, its_lr in zip(self.optimizer.param_groups, self.drawn, self.lr_scheduler.base_lrs, strict=True):
+                group.update(drawn, lr=group["lr"] / its_lr * drawn["lr"], initial_lr=drawn["lr"])
+            self.lr_scheduler.base_lrs = [drawn["lr"] for drawn in self.drawn]
+
     def mean_loss(prediction):
         loss_sum, tokens = prediction.predictions.astype("float64").sum(axis=0)
         return {"loss": loss_sum / tokens}  # the Trainer names it eval_loss
@@ -439,7 +480,6 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), checkpoin
             "seed": s.SEED,
             "output_dir": checkpoints or scratch,
             "save_strategy": "epoch" if checkpoints else "no",
-            "save_total_limit": 1,
             "logging_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
@@ -469,7 +509,7 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), checkpoin
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)  # it prints a line for each evaluation, in every process
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints and os.path.isdir(checkpoints) else None)
+        trainer.train(resume_from_checkpoint=start_from)
     return trainer
 
 
@@ -498,10 +538,16 @@ def train_loop_per_worker(config):
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             loss = (metrics or {}).get("eval_loss", math.nan)
             # A loss that is missing or infinite is reported as NaN: Tune ends the trial and no rung counts it.
-            ray.train.report({"eval_loss": loss if math.isfinite(loss) else math.nan, "epoch": round(state.epoch, 2)})
+            self.report = {"eval_loss": loss if math.isfinite(loss) else math.nan, "epoch": round(state.epoch, 2)}
+            if not control.should_save:
+                ray.train.report(self.report)
+
+        def on_save(self, args, state, control, **kwargs):
+            """With checkpoints the report comes after the epoch's has been written, and names it."""
+            ray.train.report(self.report | {"checkpoint": f"{args.output_dir}/checkpoint-{state.global_step}"})
 
     train_rows, eval_rows = ray.get(config["data"])
-    fine_tune(config["hyperparameters"], config["settings"], train_rows, eval_rows, [TuneReportCallback()], config["checkpoints"])
+    fine_tune(config["hyperparameters"], config["settings"], train_rows, eval_rows, [TuneReportCallback()], config["checkpoints"], config["start_from"])
 
 
 def resources_per_worker(s, use_gpu):
@@ -554,7 +600,7 @@ def run_trial(config, settings, data, use_gpu, run_dir):
 
     class ForwardReportsToTune(train.UserCallback):
         def after_report(self, run_context, metrics, checkpoint):
-            tune.report(metrics[0])  # the first worker's; all report the same
+            report_to_tune(metrics[0])  # the first worker's; all report the same
 
     torch_trainer_of_the_trial()(
         train_loop_per_worker,
@@ -563,7 +609,7 @@ def run_trial(config, settings, data, use_gpu, run_dir):
             "settings": settings,
             "data": data[0],
             "successors": ray.get_runtime_context().get_runtime_env_string(),  # of this process and of Ray Train's helper
-            "checkpoints": settings.CHECKPOINTS and str(run_dir / "checkpoints" / tune.get_context().get_trial_id()),
+            **checkpoints_of_this_start(settings, run_dir),
         },
         scaling_config=train.ScalingConfig(
             num_workers=settings.WORKERS_PER_TRIAL,
@@ -578,6 +624,47 @@ def run_trial(config, settings, data, use_gpu, run_dir):
             worker_runtime_env={"env_vars": {"HPO_TRAINS": "1", "DS_ACCELERATOR": "cuda" if use_gpu else "cpu"}},
         ),
     ).fit()
+
+
+# Checkpoints. The Trainer writes them, some GB each, into CHECKPOINTS_FOLDER/<trial>/<start>/checkpoint-<step>. Tune decides
+# from which one a trial goes on: its own last one or, with PBT, another trial's. So that Tune need not copy them, what it
+# keeps as the checkpoint of a report is a small file with the name of that folder.
+NAME_FILE = "trainer_checkpoint.txt"
+
+
+def report_to_tune(report):
+    """One report, and the checkpoint that it names, if any."""
+    import tempfile
+
+    from ray import tune
+
+    folder = report.pop("checkpoint", None)
+    if not folder:
+        return tune.report(report)
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / NAME_FILE).write_text(folder)
+        tune.report(report, checkpoint=tune.Checkpoint.from_directory(scratch))
+
+
+def folder_named_in(checkpoint):
+    """The Trainer's folder of one of Tune's checkpoints; None if there is none."""
+    return (Path(checkpoint.path) / NAME_FILE).read_text() if checkpoint else None
+
+
+def checkpoints_of_this_start(s, run_dir):
+    """Where fine_tune saves, and from where it starts. Each start of a trial has a new folder, so none is overwritten."""
+    from ray import tune
+
+    if not s.CHECKPOINTS:
+        return {"checkpoints": None, "start_from": None}
+    of_trial = run_dir / "checkpoints" / tune.get_context().get_trial_id()
+    known = {file.read_text() for file in run_dir.glob(f"tune/*/checkpoint_*/{NAME_FILE}")}
+    for folder in of_trial.glob("*/checkpoint-*"):  # saved, but the trial was interrupted before the report
+        if str(folder) not in known:
+            shutil.rmtree(folder, ignore_errors=True)
+    new = of_trial / str(len(list(of_trial.glob("*"))))
+    new.mkdir(parents=True)
+    return {"checkpoints": str(new), "start_from": folder_named_in(tune.get_checkpoint())}
 
 
 def place_of_a_trial(s, use_gpu):
@@ -791,7 +878,9 @@ def best_report(results):
             continue
         for row in result.metrics_dataframe.to_dict("records"):
             if math.isfinite(row["eval_loss"]) and (best is None or row["eval_loss"] < best["eval_loss"]):
-                best = {key: row[key] for key in ("eval_loss", "epoch", "time_total_s")} | {"config": result.config}
+                best = {key: row[key] for key in ("eval_loss", "epoch", "time_total_s")}
+                drawn = {key.split("/")[-1]: value for key, value in row.items() if key.startswith("config/train_loop_config/")}
+                best["config"] = {"train_loop_config": drawn} if drawn else result.config  # at that report: PBT changes it later
     return best
 
 
@@ -826,10 +915,10 @@ def search(s, run_dir):
         (run_dir / "settings.json").write_text(json.dumps(texts | {"MODEL_NAME": s.MODEL_NAME, "SQUAD_DATA": s.SQUAD_DATA}, indent=1))
     say(f"data: {len(data[0])} training and {len(data[1])} validation questions as tokens, from {s.SQUAD_DATA}")
 
+    import numpy
     import ray
     from ray import tune
     from ray.tune.experiment import Trial
-    from ray.tune.search.basic_variant import BasicVariantGenerator
 
     ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": QUIETER_AND_FASTER, "worker_process_setup_hook": import_ahead})
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's cause is told below, its trace is in error.txt
@@ -851,9 +940,11 @@ def search(s, run_dir):
     class Progress(tune.Callback):
         """One line for each start, report and end of a trial; with MANY_TRIALS one for each end, and one for each tenth."""
 
-        many = s.NUM_SAMPLES > MANY_TRIALS
-        ended = None  # trials, also those of earlier parts of a continued run
-        best = math.inf
+        def __init__(self):
+            self.many = s.NUM_SAMPLES > MANY_TRIALS
+            self.ended = None  # trials, also those of earlier parts of a continued run
+            self.best = math.inf  # eval_loss
+            self.saved = {}  # trial: folders of the checkpoints that it has reported and that are still there
 
         def drawn(self, trial):
             return "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.config["train_loop_config"].items())
@@ -863,6 +954,10 @@ def search(s, run_dir):
                 self.ended = sum(trial.is_finished() for trial in trials)
                 for earlier in trials:  # min() keeps its first if the second is NaN
                     self.best = min(self.best, earlier.metric_analysis.get("eval_loss", {}).get("min", math.inf))
+            origin = folder_named_in(trial.checkpoint)
+            if origin and f"/{trial.trial_id}/" not in origin:
+                donor = next(other for other in trials if f"/{other.trial_id}/" in origin)
+                say(f"{trial}  copies     {donor} as it was after epoch {trial.run_metadata.checkpoint_manager.latest_checkpoint_result.metrics['epoch']:g}")
             if not self.many:
                 say(f"{trial}  started    {self.drawn(trial)}")
 
@@ -876,16 +971,32 @@ def search(s, run_dir):
             if not math.isfinite(loss):
                 end = f"ended      diverged at epoch {epoch:g}"
             else:
-                end = "finished   all epochs" if epoch >= s.NUM_EPOCHS else f"stopped    by ASHA after epoch {epoch:g}"
+                end = "finished   all epochs" if epoch >= s.NUM_EPOCHS else f"stopped    by {type(chosen).__name__} after epoch {epoch:g}"
             seconds = trial.last_result.get("time_total_s", 0)
             say(f"{trial}  {end}" + (f"  eval_loss {loss:.5f}  seconds {seconds:.1f}  {self.drawn(trial)}" if self.many else ""))
-            shutil.rmtree(run_dir / "checkpoints" / trial.trial_id, ignore_errors=True)
             self.count()
+            self.remove_checkpoints(trials)
 
         def count(self):
             self.ended += 1
             if self.many and self.ended % (s.NUM_SAMPLES // 10) == 0:
                 say(f"{self.ended} of {s.NUM_SAMPLES} trials have ended, the lowest eval_loss is {self.best:.5f}")
+
+        def on_checkpoint(self, iteration, trials, trial, checkpoint, **info):
+            self.saved.setdefault(trial, []).append(folder_named_in(checkpoint))
+            self.remove_checkpoints(trials)
+
+        def remove_checkpoints(self, trials):
+            """All but those from which a trial goes on, and, of each trial that is not at its end, the last: PBT may copy it."""
+            if not self.saved:
+                return
+            last = getattr(chosen, "_perturbation_interval", 1)  # PBT copies what it saw at its last turn, so many epochs ago
+            needed = {folder_named_in(trial.checkpoint) for trial in trials if not trial.is_finished()}
+            for trial, folders in self.saved.items():
+                for folder in folders[:] if trial.is_finished() else folders[: -int(last)]:
+                    if folder not in needed:
+                        folders.remove(folder)
+                        shutil.rmtree(folder, ignore_errors=True)
 
         def on_trial_recover(self, iteration, trials, trial, **info):
             say(f"{trial}  lost       with its node ({trial.run_metadata.num_failures} of at most {RESTARTS} times); starts again")
@@ -907,8 +1018,14 @@ def search(s, run_dir):
 
     continued = any(run_dir.glob("tune/experiment_state-*.json"))  # RESUME, or Slurm has started the job once more
     Trial.should_recover = try_again
-    asha = scheduler(s)
-    asha.journal = run_dir / "reports.jsonl"
+    prefix, numbers = os.urandom(3).hex()[:5], itertools.count(len(list(run_dir.glob("tune/TorchTrainer_*"))))
+    Trial.generate_id = lambda: f"{prefix}_{next(numbers):05d}"  # for search algorithms: trials are numbered as without one
+    random.seed(s.SEED)  # PBT draws from both
+    numpy.random.seed(s.SEED)
+    chosen = scheduler(s)
+    remembers = isinstance(chosen, Remembers)
+    if remembers:
+        chosen.journal = run_dir / "reports.jsonl"
     trainable = tune.with_parameters(run_trial, settings=s, data=[ray.put(data)], use_gpu=use_gpu, run_dir=run_dir)
     trainable = tune.with_resources(trainable, place_of_a_trial(s, use_gpu))
     tuner = tune.Tuner(
@@ -916,8 +1033,8 @@ def search(s, run_dir):
         param_space=search_space(s),
         tune_config=tune.TuneConfig(
             num_samples=s.NUM_SAMPLES,
-            scheduler=asha,
-            search_alg=BasicVariantGenerator(random_state=s.SEED),
+            scheduler=chosen,
+            search_alg=sampler(s),
             trial_name_creator=lambda trial: f"TorchTrainer_{trial.trial_id}",
             trial_dirname_creator=lambda trial: f"TorchTrainer_{trial.trial_id}",
         ),
@@ -925,7 +1042,8 @@ def search(s, run_dir):
             name="tune",
             storage_path=str(run_dir),
             failure_config=tune.FailureConfig(max_failures=RESTARTS),
-            stop=lambda trial_id, result: not math.isfinite(result["eval_loss"]),  # a diverged trial ends at once
+            # A diverged trial ends at once. ASHA ends the others at the last epoch (max_t), other schedulers do not.
+            stop=lambda trial_id, result: not math.isfinite(result["eval_loss"]) or (not remembers and result["epoch"] >= s.NUM_EPOCHS),
             callbacks=[Progress()],
             progress_reporter=FinalTable(
                 metric_columns={"training_iteration": "iter", "time_total_s": "total time (s)", "eval_loss": "eval_loss"},
@@ -942,6 +1060,8 @@ def search(s, run_dir):
     results = tuner.fit()
 
     failed = [result for result in results if result.error]
+    if not failed:  # else RESUME may want them
+        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     for result in failed:
         say(f"FAILED {Path(result.path).name}: {cause_of(str(result.error))} (full trace: {result.path}/error.txt)")
     cut = [Path(result.path).name for result in results if not result.error and last_epoch(result) != result.metrics.get("epoch")]
@@ -974,6 +1094,7 @@ def main():
                 print(*value if isinstance(value, list) else [value])
             return 0
         check_search_space(search_space(settings))
+        check_scheduler(scheduler(settings), settings)
         if arguments.check:
             for name in VARIABLES:
                 value = getattr(settings, name)

@@ -1,0 +1,155 @@
+"""The exercises as a student does them: edits and commands are read from EXERCISES.md. Real Slurm, Ray and training, small."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import (
+    SMALL,
+    SPACE,
+    Cluster,
+    best_of,
+    check_log,
+    copy_of_the_course,
+    edit,
+    exercise,
+    fenced,
+    nothing_left,
+    reports_of,
+    table_of,
+    wait_for,
+)
+
+QUICK = SPACE | SMALL | {"NUM_SAMPLES": "2", "NUM_EPOCHS": "2", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "4"}  # where the page leaves it open
+
+
+class Student(Cluster):
+    """Types the blocks of an exercise, one after another, in one shell's variables."""
+
+    def __init__(self, environ, folder, demo, **variables):
+        super().__init__(environ | QUICK | variables | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}, folder)
+        self.shell = {}
+
+    def types(self, block, seconds=120):
+        """Returns what the block prints; `job` and the like are kept for the next one."""
+        ends = "; ".join(f'echo "{name}=${name}" >&3' for name in ("job", "grid", "worker"))
+        script = f"exec 3>{self.folder}/shell.txt\n{block}\n{ends}\n"
+        run = subprocess.run(["bash", "-ec", script], cwd=self.folder, env=self.environ | self.shell, text=True, check=False, capture_output=True, timeout=seconds)
+        assert run.returncode == 0, run.stdout + run.stderr
+        pairs = (line.split("=", 1) for line in (self.folder / "shell.txt").read_text().splitlines())
+        self.shell = {name: value for name, value in pairs if value}
+        return run.stdout
+
+    def runs(self, seconds=240):
+        """The log of the job submitted last, which must end well."""
+        job = self.shell["job"]
+        assert self.wait_for_end(job, seconds)["JobState"] == "COMPLETED", self.log(job)
+        check_log(self.log(job), job)
+        return self.log(job)
+
+
+@pytest.fixture
+def student(slurm, course, demo):
+    return Student(slurm, course, demo)
+
+
+@pytest.fixture(scope="module")
+def documented(slurm, demo, tmp_path_factory):
+    """Exercise 1, which 8 and 9 start from."""
+    student = Student(slurm, copy_of_the_course(tmp_path_factory.mktemp("course")), demo)
+    (block,) = fenced(exercise(1), "bash")
+    student.types(block)
+    student.runs()
+    return student
+
+
+def test_every_exercise_has_its_parts():
+    for number in range(1, 12):
+        section = exercise(number)
+        assert all(f"**{part}" in section for part in ("Hypothesis.", "Look for**", "Why.")), number
+        assert fenced(section, "bash"), number
+
+
+@pytest.mark.parametrize("number", [3, 4, 6, 10, 11])
+def test_each_edit_fits_the_script_and_leaves_it_right(number, course):
+    script = edit(course, exercise(number))
+    environ = os.environ | {"CHECKPOINTS": "1"}
+    if number != 11:  # needs a package of its own, when the search starts
+        check = subprocess.run([sys.executable, script, "--check"], env=environ, text=True, check=False, capture_output=True, timeout=60)
+        assert check.returncode == 0, check.stderr
+    assert subprocess.run([sys.executable, "-m", "py_compile", script], check=False).returncode == 0
+
+
+def test_a_wider_range(student):
+    (block,) = fenced(exercise(2), "bash")
+    student.types(block)
+    log = student.runs()
+    assert re.search(r"^  LR_UPPER +10\.0$", log, re.MULTILINE) and len(table_of(log)) == 2
+
+
+def test_reduction_factor_and_grace_period(student):
+    edit(student.folder, exercise(3))
+    (block,) = fenced(exercise(3), "bash")
+    student.types(block)
+    log = student.runs()
+    assert all(row["iter"] == "2" for row in table_of(log))  # nobody ends before epoch 2
+
+
+def test_more_trials_for_the_same_budget(student):
+    edit(student.folder, exercise(4))
+    (block,) = fenced(exercise(4), "bash")
+    student.types(block)
+    log = student.runs()
+    assert len(table_of(log)) == 6 and log.count("finished   all epochs") == 6
+
+
+def test_a_second_worker_joins_and_the_first_is_killed(slurm, course, demo):
+    """One trial a node, long enough for all this to happen."""
+    student = Student(slurm, course, demo, CPUS_PER_WORKER="16", NUM_EPOCHS="12", TRAIN_SAMPLES="160", NUM_SAMPLES="3")
+    (block,) = fenced(exercise(5), "bash")
+    added = re.search(r"Submitted batch job (\d+)", student.types(block))[1]
+    job = student.shell["job"]
+    log = lambda: student.log(job)
+    wait_for(lambda: f"worker 2/2 joined: job {added}" in log(), 60, "the added worker")
+    wait_for(lambda: len(re.findall(r"  started", log())) >= 2, 60, "a trial on the added worker's node")
+    (block,) = fenced(exercise(7), "bash")
+    student.types(block)
+    first = student.shell["worker"]
+    assert first == student.workers(job)[0] != added
+    wait_for(lambda: "submitted worker 3/3" in log(), 60, "the replacement")
+    text = student.runs(300)
+    assert re.search(r"lost       with its node", text) and f"worker job {first} has ended before the search" in text
+    assert f"worker job {added} has ended" not in text and f"worker job {added} held its node for" in text
+    assert len(table_of(text)) == 3
+    wait_for(lambda: not student("squeue", "--noheader") and nothing_left(job, *student.workers(job), added), 60, "everything to be gone")
+
+
+def test_asha_against_the_manual_grid(documented):
+    grid = documented.folder.parents[2] / "manual/bloom_hpo_manual.slurm"
+    grid.write_text(grid.read_text().replace("(1 2) ", "(2) ").replace("(0.0 0.01)", "(0.01)"))  # three combinations instead of twelve
+    submit, compare = fenced(exercise(8), "bash")
+    documented.types(submit)
+    assert documented.wait_for_end(documented.shell["grid"], 240)["JobState"] == "COMPLETED"
+    told = documented.types(compare)
+    assert f"manual grid {documented.shell['grid']}" in told and f"Ray Tune ASHA {documented.shell['job']}" in told
+    assert "the runs are comparable" in told and "NOT COMPARABLE" not in told
+
+
+def test_the_winner_for_thirty_epochs(documented):
+    (block,) = fenced(exercise(9), "bash")
+    told = documented.types(block, 240)
+    best = best_of(documented.log(documented.shell["job"]))["config"]["train_loop_config"]
+    assert re.search(rf"^RESULT lr={best['lr']} per_device_bs={best['per_device_bs']} ", told, re.MULTILINE) and "epoch 30/30" in told
+
+
+def test_a_sampler_that_learns(student):
+    pytest.importorskip("optuna")
+    edit(student.folder, exercise(11))
+    (block,) = fenced(exercise(11), "bash")
+    student.environ["NUM_SAMPLES"] = "6"
+    student.types(block)
+    log = student.runs()
+    drawn = reports_of(student.folder / "runs" / student.shell["job"])
+    assert sorted(name[-5:] for name in drawn) == [f"{i:05d}" for i in range(6)] and len(table_of(log)) == 6
