@@ -1,15 +1,19 @@
 """What a cluster does to a run: nodes, processes and jobs end at any moment. Real signals on real Slurm, Ray and training."""
 
+import json
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from conftest import (
     HEAD,
+    REPO,
+    SCRIPT,
     SMALL,
     SPACE,
     check_log,
@@ -17,6 +21,7 @@ from conftest import (
     job_of,
     nothing_left,
     pids,
+    quickstart,
     table_of,
     wait_for,
 )
@@ -116,11 +121,17 @@ def test_a_worker_that_cannot_work_tells_the_head_why(cluster, demo):
 def test_workers_that_stay_pending_are_waited_for_until_the_deadline(cluster, demo):
     blocker = cluster("sbatch", "--parsable", "--nodes=2", "--nodelist=worker1,worker2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 300").strip()
     wait_for(lambda: cluster.job(blocker)["JobState"] == "RUNNING", 30, "the nodes to be taken")
-    job = cluster.submit(**demo_run(demo, WORKER_DEADLINE="5"))
-    assert cluster.wait_for_end(job, 90)["ExitCode"] == "1:0"
-    assert "ERROR: waited 5 s for the first worker to join; giving up" in cluster.log(job)
+    impatient, other = cluster.submit(**demo_run(demo, WORKER_DEADLINE="5")), cluster.submit(**demo_run(demo))
+    assert cluster.wait_for_end(impatient, 90)["ExitCode"] == "1:0"
+    assert "ERROR: waited 5 s for the first worker to join; giving up" in cluster.log(impatient)
+    wait_for(lambda: "waiting for the first worker to join: 10 s of 7200 s" in cluster.log(other), 60, "the line of the run that waits on")
+    assert [cluster.job(worker)["JobState"] for worker in cluster.workers(other)] == ["PENDING"]
+    cluster("scancel", other)
+    assert cluster.wait_for_end(other, 30)["ExitCode"] == "143:0" and "FINISH" in cluster.log(other)
+    wait_for(lambda: cluster("squeue", "--noheader", "--format=%i").split() == [blocker], 30, "their jobs to be gone")
     cluster("scancel", blocker)
-    nothing_is_left(cluster, job)
+    for job in (impatient, other):
+        nothing_is_left(cluster, job)
 
 
 def test_without_its_only_worker_a_run_ends_at_the_deadline_and_can_be_continued(cluster, demo):
@@ -141,6 +152,90 @@ def test_without_its_only_worker_a_run_ends_at_the_deadline_and_can_be_continued
     assert cluster.wait_for_end(again, 240)["JobState"] == "COMPLETED", cluster.log(again)
     assert "continues the run in" in cluster.log(again) and len(table_of(cluster.log(again))) == 1
     nothing_is_left(cluster, again)
+
+
+def test_replacements_have_an_end_and_each_worker_that_cannot_work_says_why(cluster, demo, tmp_path):
+    """The only worker is cancelled. Its successors: no Python on the path, one without packages, a driver without GPUs."""
+    bare, driver = tmp_path / "bare", tmp_path / "nvidiactl"
+    bare.mkdir()
+    for tool in Path("/usr/bin").iterdir():
+        if tool.name != "python":
+            (bare / tool.name).symlink_to(tool)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    root = cluster.folder.parents[3]
+    (root / ".venv").unlink()  # the environment is active on the path, as with conda or modules, so each job's EDIT block counts
+    functions = root / "scripts/raytune_hpo/ray_job.sh"
+    functions.write_text(functions.read_text().replace("/dev/nvidiactl", str(driver)))
+    worker = cluster.folder / "worker_node_raytune_asha_hpo.slurm"
+    worker.write_text(worker.read_text().replace("\nset -euo pipefail\n", f"""
+case $(ls logs/ray_worker_*.out | wc -l) in
+    2) export PATH={bare} ;;
+    3) export PATH={tmp_path}/venv/bin:$PATH ;;
+    4) touch {driver} ;;
+esac
+set -euo pipefail
+"""))
+    job = cluster.submit(**demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="200", **BUSY), PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    wait_for(lambda: "  started" in cluster.log(job), 120, "the trial")
+    cluster("scancel", *cluster.workers(job))
+    assert cluster.wait_for_end(job, 120)["ExitCode"] == "1:0"
+    log = cluster.log(job)
+    first, *later = cluster.workers(job)
+    said = dict(re.findall(r"worker job (\d+) has ended before the search: (.*)", log))
+    assert list(said) == [first, *later] and len(later) == 3, log
+    assert said[later[0]].startswith("ERROR: no python found; run: bash ")
+    assert said[later[1]] == f"ERROR: {tmp_path}/venv/bin/python has no PyTorch; activate the course's environment in the EDIT block of this node's script"
+    assert said[later[2]].startswith("ERROR: this node has an NVIDIA driver but PyTorch sees no GPU; check with: python -c ")
+    assert "no worker is left, and 3 have been replaced already" in log and f"continue with: RESUME=runs/{job} sbatch {HEAD}" in log
+    nothing_is_left(cluster, job)
+
+
+def test_near_its_time_limit_a_run_ends_in_order_and_goes_on_later(cluster, demo):
+    """The address comes late, too, as on a slow file system: the worker waits for it, and says so."""
+    head = cluster.folder / HEAD
+    assert head.read_text().count("\n    publish_address\n") == 1
+    head.write_text(head.read_text().replace("\n    publish_address\n", "\n    sleep 12\n    publish_address\n"))
+    job = cluster.submit(**demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="300", CHECKPOINTS="1", TRAIN_SAMPLES="160", **BUSY))
+    wait_for(lambda: "epoch 2/" in cluster.log(job), 180, "the second report")
+    cluster("scontrol", "update", f"JobId={job}", "TimeLimit=3")  # --signal=B:TERM@120: so, in a minute after the start
+    assert cluster.wait_for_end(job, 150)["ExitCode"] == "143:0", cluster.log(job)
+    log = cluster.log(job)
+    (worker,) = cluster.workers(job)
+    assert re.search(r"waiting for the head's address in \S+: 10 s of 600 s", cluster.log(worker, "worker"))
+    assert re.search(r"the time limit of this job, \S+, has come near \(#SBATCH --time; sbatch --time=\.\.\. sets another\)", log)
+    assert f"continue with: RESUME=runs/{job} sbatch {HEAD}" in log
+    nothing_is_left(cluster, job)
+    last = max(int(epoch) for epoch in re.findall(r"epoch (\d+)/300", log))
+    head.write_text(head.read_text().replace("    sleep 12\n", ""))
+    again = cluster.submit(RESUME=f"runs/{job}")
+    wait_for(lambda: re.search(r"epoch \d+/300", cluster.log(again)), 120, "the next report")
+    cluster("scancel", again)
+    cluster.wait_for_end(again, 30)
+    assert "continues the run in" in cluster.log(again)
+    (first, *_) = re.findall(r"epoch (\d+)/300", cluster.log(again))
+    assert last <= int(first) <= last + 1  # what had been saved may have been told, or not yet
+    nothing_is_left(cluster, again)
+
+
+def test_trials_that_raise_or_run_out_of_memory_fail_alone(course, demo):
+    """In the rungs only the losses of the others count. An allocation that no machine can serve; a batch size of 0."""
+    script = course.parents[3] / SCRIPT.relative_to(REPO)
+    text = script.read_text()
+    for old, new in (('"per_device_bs": tune.choice(s.BS_CHOICES)', '"per_device_bs": tune.grid_search([0, 7, 2, 4])'),
+                     ("    train_rows, eval_rows = ray.get(", '    config["hyperparameters"]["per_device_bs"] == 7 and torch.empty(1 << 55)\n    train_rows, eval_rows = ray.get(')):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    script.write_text(text)
+    status, log = quickstart(course, **demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="2"))
+    assert status == 0, log
+    check_log(log, job_of(log))
+    run_dir = course / "runs" / job_of(log)
+    tables = (run_dir / "tables.md").read_text()
+    for number, cause in ((0, r"\S*Error: .*"), (1, r"RuntimeError: .*can't allocate memory.*")):
+        assert re.search(rf"_{number:05d}  FAILED     {cause}", log) and re.search(rf"combo {number} \(TorchTrainer_\S+\): FAILED: {cause}", tables), log
+    assert sorted(row["status"] for row in table_of(log)) == ["ERROR", "ERROR", "TERMINATED", "TERMINATED"]
+    assert {json.loads(line)["trial_id"][-5:] for line in (run_dir / "reports.jsonl").read_text().splitlines()} == {"00002", "00003"}
+    assert nothing_left(job_of(log))
 
 
 def test_of_two_runs_whose_workers_share_a_node_one_is_cancelled_and_the_other_completes(cluster, demo):

@@ -99,19 +99,44 @@ def http(address, token=None, path="/api/cluster_status"):
         return error.code
 
 
-def test_each_port_of_a_run_is_known_and_those_that_speak_http_want_the_token(running):
+CALLS = ("NodeInfoGcsService/GetAllNodeInfo", "NodeManagerService/GetNodeStats", "ObjectManagerService/Pull", "CoreWorkerService/GetCoreWorkerStats",
+         "RayletDriver/ClusterInfo")
+
+
+def grpc_answers(ip, port):
+    """What a server of Ray's says to calls without the token, one for each of its kinds of server."""
+    import grpc
+
+    said = set()
+    with grpc.insecure_channel(f"{ip.removeprefix('::ffff:')}:{port}") as channel:
+        for call in CALLS:
+            try:
+                channel.unary_unary(f"/ray.rpc.{call}")(b"", timeout=10)
+                said.add("OK")
+            except grpc.RpcError as error:
+                said.add(error.code().name)
+    return said
+
+
+def test_each_port_of_a_run_is_known_and_wants_the_token(running):
+    """All but those between the processes of one training, which are torch's own: it knows no token."""
     run_dir, _, job = running
-    ports = listening(job)
-    assert len(ports) > 5
-    dashboards = [(ip, port) for ip, port, command in ports if "dashboard/dashboard.py" in command]
-    assert dashboards and all(ip == "127.0.0.1" for ip, _ in dashboards)
     token = (run_dir / "token").read_text()
-    for ip, port in dashboards:
-        for path in ("/api/cluster_status", "/api/v0/actors", "/nodes?view=summary", "/api/jobs/"):
-            assert http(f"{ip}:{port}", path=path) == 401, path
-        assert http(f"{ip}:{port}", token) == 200
-    known = ("gcs_server", "raylet", "dashboard", "ray.util.client.server", "ray::", "raytune_asha_hpo.py", "runtime_env", "agent")
-    assert not [port for port in ports if not any(word in port[2] for word in known)]
+    kinds = []
+    for ip, port, command in listening(job):
+        known = ("gcs_server", "raylet/raylet", "dashboard/dashboard.py", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "raytune_asha_hpo.py", "ray.util.client.server", "ray::")
+        kinds.append(next((kind for kind in known if kind in command), command))
+        if "ray::RayTrainWorker" in command and port >= 20000:  # Ray gives its processes ports from 10002 to 19999
+            continue
+        said = grpc_answers(ip, port)
+        if said == {"UNAVAILABLE"}:  # it speaks HTTP
+            if kinds[-1] == "dashboard/dashboard.py":
+                assert ip == "127.0.0.1" and http(f"{ip}:{port}", token) == 200
+            for path in ("/api/cluster_status", "/api/v0/actors", "/nodes?view=summary", "/api/jobs/", "/api/job_agent/jobs/", "/logs", "/metrics"):
+                assert http(f"{ip}:{port}", path=path) == 401, (path, command)
+        else:
+            assert said == {"UNAUTHENTICATED", "UNIMPLEMENTED"}, (ip, port, command)
+    assert set(kinds) == set(known)
 
 
 def test_the_token_and_the_folders_are_the_owners_alone_and_the_token_is_nowhere_else(running):

@@ -181,7 +181,7 @@ def test_a_worker_job_that_slurm_refuses_ends_the_run_with_the_reason(cluster, d
     wait_for(lambda: nothing_left(job), 10, "everything to be gone")
 
 
-@pytest.mark.parametrize("moment", ["START  :", "submitted worker", "worker 1/1 joined", "epoch 1/", "Best Trial Result"])
+@pytest.mark.parametrize("moment", ["START  :", "submitted worker", "worker 1/1 joined", "epoch 1/", "Best Trial Result", "held its node"])
 def test_cancelled_at_any_moment_nothing_is_left(cluster, demo, squad, moment):
     job = cluster.submit(**SPACE, **SMALL, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad), NUM_SAMPLES="1", NUM_EPOCHS="2")
     wait_for(lambda: moment in cluster.log(job) or "FINISH" in cluster.log(job), 240, f"{moment!r} in the log")

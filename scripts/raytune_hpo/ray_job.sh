@@ -43,8 +43,11 @@ count_gpus() {                                         # GPUs that PyTorch can u
     # Counting is not enough: a build of PyTorch without kernels for this GPU sees it, and fails at the first sum.
     gpus=$(python -c '
 import torch
-print(sum(int(torch.ones(1, device=f"cuda:{i}").sum().item()) for i in range(torch.cuda.device_count())))' 2>&1) ||
+print(sum(int(torch.ones(1, device=f"cuda:{i}").sum().item()) for i in range(torch.cuda.device_count())))' 2>&1) || {
+        [[ $gpus != *ModuleNotFoundError* ]] ||
+            fail "$(command -v python) has no PyTorch; activate the course's environment in the EDIT block of this node's script"
         fail "PyTorch does not run on this node: $(tail -n 1 <<<"$gpus"); install the build for its GPU (V100: environment.yml)"
+    }
     gpus=$(tail -n 1 <<<"$gpus")
     if ((gpus == 0)) && [[ -e /dev/nvidiactl ]] && [[ ${GPUS_PER_WORKER:-1} != 0 ]]; then
         fail "this node has an NVIDIA driver but PyTorch sees no GPU; check with: python -c 'import torch; torch.zeros(1).cuda()'"
@@ -57,7 +60,7 @@ prepare_ray() {                                        # environment, folder and
     export RAY_gcs_rpc_server_reconnect_timeout_s=10                  # workers leave soon after a head that died
     export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0                    # and at once when they are told to
     export RAY_SCHEDULER_EVENTS=0 RAY_USAGE_STATS_ENABLED=0           # nothing in the log that is not for students
-    export DASHBOARD_METRIC_PORT=-1                                   # no port: this one would ask nobody for the token
+    export DASHBOARD_METRIC_PORT=-1 RAY_enable_metrics_collection=0   # no ports: these would ask nobody for the token
     export RAY_prestart_worker_first_driver=0                         # start processes when a trial needs them
     export RAY_worker_maximum_startup_concurrency=64                  # and all that it needs together
     # Unix sockets allow 107 characters, of which Ray needs about 60: a short folder, on a local disk, ours alone. Ray makes
@@ -71,7 +74,7 @@ prepare_ray() {                                        # environment, folder and
 # start_ray OPTIONS...: in the background, in the foreground of a process that can be watched: $RAY
 start_ray() {
     (owned ray start --block --node-ip-address="$(node_address)" --temp-dir="$RAY_TMP/r" --disable-usage-stats \
-        --object-store-memory=500000000 --include-log-monitor=false "$@" >"$RAY_LOG" 2>&1) &
+        --object-store-memory=500000000 --include-log-monitor=false --dashboard-agent-listen-port=0 "$@" >"$RAY_LOG" 2>&1) &
     RAY=$!
 }
 

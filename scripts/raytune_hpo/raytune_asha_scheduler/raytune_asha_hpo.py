@@ -493,8 +493,8 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), checkpoin
         if DS_CONFIG and not gpu:
             deepspeed.init_distributed(dist_backend="gloo")
         torch.manual_seed(s.SEED)
-        model = AutoModelForCausalLM.from_pretrained(s.MODEL_NAME, dtype=torch.float32, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(s.MODEL_NAME)
+        model = AutoModelForCausalLM.from_pretrained(s.MODEL_NAME, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(s.MODEL_NAME, trust_remote_code=False)
         trainer = AnswerLossTrainer(
             model=model,
             args=training_arguments,
@@ -1103,6 +1103,9 @@ def main():
         return search(settings, arguments.run_dir.resolve())
     except InputError as error:
         print(*(f"ERROR: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"ERROR: {sys.executable} has no package {error.name}; run scripts/setup_env.sh, or activate the course's environment", file=sys.stderr)
         return 2
 
 
