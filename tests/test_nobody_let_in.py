@@ -52,13 +52,15 @@ def running(demo, tmp_path_factory):
     environ = os.environ | SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
     with log.open("w") as output:
         head = subprocess.Popen(["bash", "-c", f"umask 000; exec bash {HEAD}"], cwd=course, env=environ, stdout=output, stderr=subprocess.STDOUT)
-    wait_for(lambda: "epoch 1/" in log.read_text(), 120, "the first report")
-    job = job_of(log.read_text())
-    (ray_tmp,) = Path("/tmp").glob(f"ray_{job}.*")
-    yield course / "runs" / job, ray_tmp, job
-    head.terminate()
-    assert head.wait(30) == 143
-    assert nothing_left(job)
+    try:
+        wait_for(lambda: "epoch 1/" in log.read_text(), 120, "the first report")
+        job = job_of(log.read_text())
+        (ray_tmp,) = Path("/tmp").glob(f"ray_{job}.*")
+        yield course / "runs" / job, ray_tmp, job
+    finally:
+        head.terminate()
+        status = head.wait(30)
+    assert status == 143 and nothing_left(job)
 
 
 def probe(what, running, stranger):
@@ -87,7 +89,8 @@ def test_the_owner_does(what, running):
 
 def listening(job):
     """[(address, port, command)] of the run's processes."""
-    mine = {pid: " ".join(psutil.Process(pid).cmdline()) for pid in pids(f" head {job}")}
+    marked = [psutil.Process(pid) for pid in pids(f" head {job}")]
+    mine = {p.pid: " ".join(p.cmdline()) for p in [*marked, *(child for p in marked for child in p.children(recursive=True))] if p.is_running()}
     return [(c.laddr.ip, c.laddr.port, mine[c.pid]) for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in mine]
 
 
@@ -108,7 +111,7 @@ def grpc_answers(ip, port):
     import grpc
 
     said = set()
-    with grpc.insecure_channel(f"{ip.removeprefix('::ffff:')}:{port}") as channel:
+    with grpc.insecure_channel(f"{ip}:{port}") as channel:
         for call in CALLS:
             try:
                 channel.unary_unary(f"/ray.rpc.{call}")(b"", timeout=10)
@@ -128,6 +131,7 @@ def test_each_port_of_a_run_is_known_and_wants_the_token(running):
         kinds.append(next((kind for kind in known if kind in command), command))
         if "ray::RayTrainWorker" in command and port >= 20000:  # Ray gives its processes ports from 10002 to 19999
             continue
+        ip = "127.0.0.1" if ip in ("::", "0.0.0.0") else ip.removeprefix("::ffff:")
         said = grpc_answers(ip, port)
         if said == {"UNAVAILABLE"}:  # it speaks HTTP
             if kinds[-1] == "dashboard/dashboard.py":
