@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Puts one model and one data set into FOLDER, each in a folder of its own there. scripts/prefetch.sh calls this.
+"""Puts a model into FOLDER/models and a data set into FOLDER/data, each as a folder of its own. scripts/prefetch.sh calls this.
 
     python scripts/prefetch.py MODEL DATA FOLDER       # MODEL, DATA: a Hugging Face hub id or a local folder
 
@@ -102,6 +102,7 @@ def free(folder):
 # ---- Folders ---------------------------------------------------------------------------------------------------------
 def place(source, folder):
     """(target, complete): the folder in `folder` for `source`, and whether all of it is there. Raises InputError if others use it."""
+    folder.mkdir(exist_ok=True)
     if Path(source).parent == folder and (Path(source) / MARK).exists():  # what an earlier call has printed
         return Path(source), True
     target = folder / (Path(source).name if os.path.isabs(source) else source.replace("/", "--"))
@@ -116,7 +117,7 @@ def place(source, folder):
         holds = "was not made by this script"
     except (OSError, ValueError, KeyError, TypeError):
         holds = f"has a {MARK} that cannot be read"
-    raise hpo.InputError(f"FOLDER={str(folder)!r}: {target.name} in it {holds}; remove it, or give another folder")
+    raise hpo.InputError(f"FOLDER={str(folder.parent)!r}: {folder.name}/{target.name} in it {holds}; remove it, or give another folder")
 
 
 def mark(target, source, complete):
@@ -134,7 +135,7 @@ def copy(source, names, target):
             shutil.copy2(a, b)  # the time is set last, so a copy that was cut short is made again
 
 
-# ---- Model and data: first what can be known at once, then a function that fetches ----------------------------------
+# ---- Model and data: ask the hub what can be known at once; give back the function that fetches -----------------------
 def files_of_the_model(names, value):
     """Of the file names of a model those that a run reads. Raises InputError if it has no weights as safetensors."""
     names = [name for name in names if "/" not in name]
@@ -147,16 +148,15 @@ def files_of_the_model(names, value):
     return weights + [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in CONFIGURATION_AND_TOKENIZER)]
 
 
-def model_from_hub(value, target):
+def model_from_hub(value, target, folder):
     from huggingface_hub import HfApi, snapshot_download
 
     info = HfApi().model_info(value, files_metadata=True, timeout=ONLINE_TIMEOUT)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
     names = files_of_the_model(sorted(sizes), value)
     needed = sum(sizes[name] for name in names if not (target / name).exists())
-    if needed > shutil.disk_usage(target.parent).free:  # a quota is not seen here; it shows when it is reached
-        raise hpo.InputError(f"FOLDER={str(target.parent)!r}: {value} needs {needed / 1e6:.1f} MB, the disk has {free(target.parent)}; "
-                             "give a folder on another disk")  # fmt: skip
+    if needed > shutil.disk_usage(folder).free:  # a quota is not seen here; it shows when it is reached
+        raise hpo.InputError(f"FOLDER={str(folder)!r}: {value} needs {needed / 1e6:.1f} MB, the disk has {free(folder)}; give a folder on another disk")
 
     def fetch():
         log(f"fetching {value} ({needed / 1e6:.1f} MB)")
@@ -166,7 +166,7 @@ def model_from_hub(value, target):
     return fetch
 
 
-def data_from_hub(value, target):
+def data_from_hub(value, target, folder):
     from huggingface_hub import HfApi
 
     HfApi().dataset_info(value, timeout=ONLINE_TIMEOUT)
@@ -238,9 +238,9 @@ def main():
         print(f"ERROR: {sys.executable} has no package {error.name}; run: bash scripts/setup_env.sh", file=sys.stderr)
         return 2
     problems, plans = [], []
-    for variable, value, from_hub in (("MODEL_NAME", a.model, model_from_hub), ("SQUAD_DATA", a.data, data_from_hub)):
+    for variable, value, kind, from_hub in (("MODEL_NAME", a.model, "models", model_from_hub), ("SQUAD_DATA", a.data, "data", data_from_hub)):
         with told_in(problems, variable, value, folder):
-            target, complete = place(value, folder)
+            target, complete = place(value, folder / kind)
             if complete:
                 log(f"{value} is in {target} already")
                 fetch = None
@@ -248,7 +248,7 @@ def main():
                 names = files_of_the_model(os.listdir(value), value) if variable == "MODEL_NAME" else SQUAD_FILES.values()
                 fetch = partial(copy, Path(value), names, target)
             else:
-                fetch = from_hub(value, target)
+                fetch = from_hub(value, target, folder)
             plans.append((variable, value, target, fetch))
     for variable, value, target, fetch in [] if problems else plans:
         with told_in(problems, variable, value, folder):

@@ -197,18 +197,18 @@ def loaded_without_network(exports, environ, tmp_path):
 # ---- What a user gets ------------------------------------------------------------------------------------------------
 def test_the_hub_s_model_and_data_are_in_the_folder(fetched, demo):
     folder, exports = fetched
-    assert variables(exports) == {"MODEL_NAME": str(folder / "org--tiny"), "SQUAD_DATA": str(folder / "org--squad"), "HF_HUB_OFFLINE": "1"}
+    assert variables(exports) == {"MODEL_NAME": str(folder / "models/org--tiny"), "SQUAD_DATA": str(folder / "data/org--squad"), "HF_HUB_OFFLINE": "1"}
     for path in (demo / "model").iterdir():
-        assert (folder / "org--tiny" / path.name).read_bytes() == path.read_bytes(), path.name
+        assert (folder / "models/org--tiny" / path.name).read_bytes() == path.read_bytes(), path.name
     for name in ("train-v1.1.json", "dev-v1.1.json"):
-        assert json.loads((folder / "org--squad" / name).read_text()) == json.loads((demo / "squad" / name).read_text())
-    assert sorted(path.name for path in folder.iterdir()) == [".lock", "org--squad", "org--tiny"]  # nothing that was only on the way
+        assert json.loads((folder / "data/org--squad" / name).read_text()) == json.loads((demo / "squad" / name).read_text())
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "data", "models"]  # nothing that was only on the way
 
 
 @without_network
 def test_a_run_finds_in_it_what_the_source_holds_and_asks_nobody(fetched, environ, demo, hpo, tmp_path):
     told, (questions, parameters) = loaded_without_network(fetched[1], environ, tmp_path)
-    assert f"  {'SQUAD_DATA':<18} {fetched[0]}/org--squad\n" in told
+    assert f"  {'SQUAD_DATA':<18} {fetched[0]}/data/org--squad\n" in told
     source = hpo.load_squad(hpo.read_settings(SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}))
     assert questions == [*source] and len(questions[0]) == int(SMALL["TRAIN_SAMPLES"]) and parameters > 100_000
 
@@ -220,7 +220,7 @@ def test_a_whole_run_without_a_network(fetched, environ, tmp_path):
     status, log = quickstart(course, "unshare", "-n", "bash", "-ec", f'ip link set lo up; eval "$EXPORTS"; exec bash {HEAD}', **there)
     assert status == 0, log
     check_log(log, job_of(log))
-    assert best_of(log)["epoch"] == 1.0 and f"from {fetched[0]}/org--squad" in log
+    assert best_of(log)["epoch"] == 1.0 and f"from {fetched[0]}/data/org--squad" in log
 
 
 def test_what_is_there_is_not_fetched_again_with_the_printed_exports_neither(fetched, environ, hub):
@@ -233,23 +233,23 @@ def test_what_is_there_is_not_fetched_again_with_the_printed_exports_neither(fet
 
 
 def test_local_folders_are_copied_and_a_changed_file_again(demo, environ, tmp_path):
-    (tmp_path / "data").mkdir()
+    (tmp_path / "model").mkdir()  # of the same name as the model's folder
     for name in ("train-v1.1.json", "dev-v1.1.json"):
-        (tmp_path / "data" / name).write_bytes((demo / "squad" / name).read_bytes())
-    local = environ | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(tmp_path / "data"), "HF_HUB_OFFLINE": "1"}
+        (tmp_path / "model" / name).write_bytes((demo / "squad" / name).read_bytes())
+    local = environ | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(tmp_path / "model"), "HF_HUB_OFFLINE": "1"}
     first = prefetch(local, tmp_path / "out")
     assert first.returncode == 0, first.stderr
-    assert variables(first.stdout) == {"MODEL_NAME": f"{tmp_path}/out/model", "SQUAD_DATA": f"{tmp_path}/out/data", "HF_HUB_OFFLINE": "1"}
-    (tmp_path / "data/dev-v1.1.json").write_bytes((demo / "squad/train-v1.1.json").read_bytes())
+    assert variables(first.stdout) == {"MODEL_NAME": f"{tmp_path}/out/models/model", "SQUAD_DATA": f"{tmp_path}/out/data/model", "HF_HUB_OFFLINE": "1"}
+    (tmp_path / "model/dev-v1.1.json").write_bytes((demo / "squad/train-v1.1.json").read_bytes())
     second = prefetch(local, tmp_path / "out")
-    assert second.returncode == 0 and re.findall(r"copying (.*)", second.stderr) == [f"{tmp_path}/data/dev-v1.1.json"]
+    assert second.returncode == 0 and re.findall(r"copying (.*)", second.stderr) == [f"{tmp_path}/model/dev-v1.1.json"]
     for name in ("train-v1.1.json", "dev-v1.1.json"):
-        assert (tmp_path / "out/data" / name).read_bytes() == (tmp_path / "data" / name).read_bytes()
+        assert (tmp_path / "out/data/model" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
 
 
 def test_a_fetch_that_was_killed_is_completed_by_the_next(environ, hub, demo, tmp_path):
     """The weights are half on their way when the machine is lost; small files that had arrived are not asked for again."""
-    model, small = tmp_path / "org--tiny", ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    model, small = tmp_path / "models/org--tiny", ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
     hub.stalled.add("model.safetensors")
     try:
         run = subprocess.Popen(["bash", REPO / "scripts/prefetch.sh", tmp_path], env=environ, start_new_session=True,
