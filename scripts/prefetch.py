@@ -250,7 +250,9 @@ def main():
             else:
                 fetch = from_hub(value, target, folder)
             plans.append((variable, value, target, fetch))
-    for variable, value, target, fetch in [] if problems else plans:
+    for variable, value, target, fetch in plans:
+        if problems:
+            break
         with told_in(problems, variable, value, folder):
             if fetch:
                 mark(target, value, complete=False)

@@ -130,6 +130,8 @@ def hub(demo, tmp_path_factory):
              "answers": {key: [answer[key] for answer in q["answers"]] for key in ("text", "answer_start")}}
             for article in json.loads((demo / "squad" / file).read_text())["data"] for p in article["paragraphs"] for q in p["qas"]]  # fmt: skip
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"squad/plain_text/{split}-00000-of-00001.parquet")
+    splits = "".join(f"  - split: {split}\n    path: plain_text/{split}-*\n" for split in ("train", "validation"))
+    (folder / "squad/README.md").write_text(f"---\nconfigs:\n- config_name: plain_text\n  data_files:\n{splits}---\n# SQuAD\n")
     (folder / "pickled").mkdir()
     for name in ("config.json", "tokenizer.json"):
         (folder / "pickled" / name).write_bytes((demo / "model" / name).read_bytes())
@@ -288,7 +290,7 @@ def closed_port():
     ({"TRANSFORMERS_OFFLINE": "1"}, [r"TRANSFORMERS_OFFLINE='1': the hub is switched off; run: unset TRANSFORMERS_OFFLINE"]),
     ({"MODEL_NAME": "not a name"}, [r"MODEL_NAME='not a name': .*"]),
     ({"LR_LOWER": "abc"}, [r"LR_LOWER='abc': is not a number .*"]),
-], ids=lambda value: " ".join(value) if isinstance(value, dict) else None)  # fmt: skip
+], ids=lambda value: " ".join(map("=".join, value.items())) if isinstance(value, dict) else "")  # fmt: skip
 def test_each_mistake_is_one_line(more, lines, environ, tmp_path):
     if more.get("HF_ENDPOINT"):
         more = {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port()}"}
