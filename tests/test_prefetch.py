@@ -73,7 +73,7 @@ class Answer(BaseHTTPRequestHandler):
             self.wfile.write(body[: len(body) // 2] if stalls else body)
             if stalls:
                 self.wfile.flush()
-                self.server.go_on.wait(60)
+                self.server.go_on.wait(300)
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
@@ -154,7 +154,7 @@ def environ(hub, tmp_path_factory):
 
 
 def prefetch(environ, folder, *before):
-    run = subprocess.run([*before, "bash", REPO / "scripts/prefetch.sh", folder], env=environ, check=False, text=True, capture_output=True, timeout=100)
+    run = subprocess.run([*before, "bash", REPO / "scripts/prefetch.sh", folder], env=environ, check=False, text=True, capture_output=True, timeout=300)
     assert "Traceback" not in run.stderr, run.stderr
     return run
 
@@ -191,7 +191,7 @@ def loaded_without_network(exports, environ, tmp_path):
     there = {k: v for k, v in environ.items() if k not in ("HF_ENDPOINT", "MODEL_NAME", "SQUAD_DATA")} | {"HF_HOME": str(tmp_path), "EXPORTS": exports}
     node = 'ip link set lo up; eval "$EXPORTS"; "$0" "$1" --check >&2 && "$0" -c "$2"'
     run = subprocess.run(["unshare", "-n", "bash", "-ec", node, sys.executable, SCRIPT, LOAD], env=there | {"PYTHONPATH": str(REPO / "tests")},
-                         text=True, check=False, capture_output=True, timeout=100)  # fmt: skip
+                         text=True, check=False, capture_output=True, timeout=300)  # fmt: skip
     assert run.returncode == 0, run.stderr
     return run.stderr, json.loads(run.stdout.splitlines()[-1])
 
@@ -256,8 +256,8 @@ def test_a_fetch_that_was_killed_is_completed_by_the_next(environ, hub, demo, tm
     try:
         run = subprocess.Popen(["bash", REPO / "scripts/prefetch.sh", tmp_path], env=environ, start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-        wait_for(lambda: all((model / name).exists() for name in small), 60, "the small files")
-        wait_for(lambda: any(path.stat().st_size for path in model.rglob("*.incomplete")), 60, "a part of the weights")
+        wait_for(lambda: all((model / name).exists() for name in small), 120, "the small files")
+        wait_for(lambda: any(path.stat().st_size for path in model.rglob("*.incomplete")), 120, "a part of the weights")
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
     finally:
