@@ -5,9 +5,9 @@
 #   MODEL_NAME=bigscience/bloom-1b1 bash scripts/prefetch.sh /scratch/course      # another model, another folder
 #
 # MODEL_NAME and SQUAD_DATA are hub ids or local folders, as for a run. The folder (default: prefetched, at the top of the
-# repository) must be one that the compute nodes see. What it holds already is not fetched again; a download that was cut
-# short goes on. Prints the export lines of the run on stdout, everything else on stderr. Exit status 0 only if a run would
-# find all that it needs; 2 with one line for each thing that is wrong.
+# repository) must be one that the compute nodes see. Files that it holds already are not fetched again, so a fetch that
+# was cut short goes on with the next call. Prints the export lines of the run on stdout, everything else on stderr. Exit
+# status 0 only if a run would find all that it needs; 2 with one line for each thing that is wrong.
 set -euo pipefail
 
 REPO=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

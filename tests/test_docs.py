@@ -18,7 +18,7 @@ WORKER = "worker_node_raytune_asha_hpo.slurm"
 RAY_JOB = REPO / "scripts/raytune_hpo/ray_job.sh"
 OTHER_VARIABLES = {"PYTHON", "NODE_ADDRESS", "MINI_SLURM_DIR", "HF_HUB_OFFLINE", "RESUME"}  # not ours alone, and documented
 MADE_LATER = {  # files and folders that the documents name and the code, Slurm or the user makes
-    ".venv", ".demo", ".venv/bin/hf", "runs/", "experiments/raytune/scheduler/asha/runs/", "shutdown.txt",
+    ".venv", ".demo", "runs/", "experiments/raytune/scheduler/asha/runs/", "shutdown.txt",
     "train-v1.1.json", "dev-v1.1.json", "tables.md"}  # fmt: skip
 
 

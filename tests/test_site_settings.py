@@ -31,6 +31,40 @@ def test_sbatch_still_reads_the_lines_of_the_block(script):
     assert all(line.startswith("#") or not line for line in before.splitlines())
 
 
+SITES = {  # as the block names them: the edits, and what Slurm then understands of a job with GPUs
+    "V100s": ({}, "v100", "gres:gpu:8"),
+    "A100s or H100s, no constraint needed": ({"\n#SBATCH --constraint": "\n##SBATCH --constraint"}, "(null)", "gres:gpu:8"),
+    "CPUs only": ({"\n#SBATCH --constraint": "\n##SBATCH --constraint", "\n#SBATCH --gpus-per-node": "\n##SBATCH --gpus-per-node"}, "(null)", None),
+}
+
+
+def test_the_block_names_these_sites():
+    named = re.findall(r"^#   (\S.*?)  +\S", block(WORKER), re.MULTILINE)
+    assert named == [*SITES]
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_slurm_understands_the_edited_lines_of_each_site(site, cluster):
+    """Each script is submitted, held, with account and partition of the site; then Slurm says what it will ask for."""
+    edits, constraint, gpus = SITES[site]
+    edits = edits | {"##SBATCH --account=myproject ": "#SBATCH --account=physics ", "##SBATCH --partition=batch ": "#SBATCH --partition=PARTITION "}
+    partition = cluster("sinfo", "--noheader", "--format=%R").split()[0]
+    for script in SCRIPTS:
+        path = cluster.folder.parents[3] / script.relative_to(REPO)
+        text = path.read_text()
+        for old, new in edits.items():
+            assert old in text or script.name == HEAD, old
+            text = text.replace(old, new.replace("PARTITION", partition))
+        path.write_text(text)
+        job = cluster("sbatch", "--parsable", "--hold", str(path), "run folder", "head job").strip()
+        asked = cluster.job(job)
+        cluster("scancel", job)
+        trains = script.name != HEAD
+        assert (asked["Account"], asked["Partition"]) == ("physics", partition)
+        assert asked["Features"] == (constraint if trains else "(null)"), script.name
+        assert asked.get("TresPerNode") == ((gpus if "manual" not in script.name else gpus and "gres:gpu:2") if trains else None), script.name
+
+
 @pytest.mark.parametrize("lines, expected", [
     ("#SBATCH --cpus-per-task=20\n#SBATCH --gpus-per-node=8", (20, 8, False)),
     ("#SBATCH --cpus-per-task=16 # x\n#SBATCH --gpus-per-node=a100:4 # x", (16, 4, False)),
