@@ -268,8 +268,8 @@ check_reach() {                                              # check_reach OTHER
 submit() {                                                   # submit head|worker: its #SBATCH lines and EDIT block, then on_node
     local file=$HEAD script
     [[ $1 == head ]] || file=$WORKER
-    grep -q '^# -\{20,\}$' "$file" || { echo "${file##*/} has lost the line of dashes that ends its EDIT block"; return 1; }
-    script=$(sed '/^# -\{20,\}$/q' "$file"; printf 'source %q\non_node %q %q %q\n' "$REPO/scripts/check_site.sh" "$1" "$RUN_DIR" "$WAIT")
+    grep -q '^# ==== end of EDIT' "$file" || { echo "${file##*/} has lost the line \"==== end of EDIT\" that ends its EDIT block"; return 1; }
+    script=$(sed '/^# ==== end of EDIT/q' "$file"; printf 'source %q\non_node %q %q %q\n' "$REPO/scripts/check_site.sh" "$1" "$RUN_DIR" "$WAIT")
     cd "$EXERCISE" && timeout 60 sbatch --parsable --job-name="${RUN_DIR##*/}" --output="$RUN_DIR/$1.out" --time="$((WAIT + 10))" <<<"$script"
 }
 
@@ -413,7 +413,7 @@ main() {
     trap 'exit 130' INT
     trap 'exit 129' HUP
     set +u
-    eval "$(sed -n '/^# ---- EDIT/,/^# -\{20,\}$/p' "$HEAD")"   # the environment that the jobs will have
+    eval "$(sed -n '/^# ==== EDIT/,/^# ==== end of EDIT/p' "$HEAD")"   # the environment that the jobs will have
     set -u
     local said file slurm=yes
     check_slurm || slurm=""

@@ -17,7 +17,7 @@ from conftest import EXERCISE, REPO, copy_of_the_course, wait_for
 OURS = ("SLURM_", "SBATCH_", "HF_", "NODE_ADDRESS")
 MOUNTS = ["unshare", "-rm", "bash", "-c"]  # a shell with a view of the file systems of its own
 HEAD, WORKER = "head_node_raytune_asha_hpo.slurm", "worker_node_raytune_asha_hpo.slurm"
-EDIT = "# ---- EDIT: how this site activates"
+EDIT = "# What makes the environment active"
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ STATES = [  # check, what is done before it, what it must say
     ("check_address", "NODE_ADDRESS=no-such-node; export NODE_ADDRESS", "FAILED .* address: no-such-node: OSError: .*Name or service not known"),
     ("ROLE=head; check_reach worker", 'mkdir -p "$RUN_DIR"; echo 127.0.0.1 1 >"$RUN_DIR/port-worker"', "FAILED .* head -> worker: 127.0.0.1 port 1: Connection refused; fix: ask your site to open all ports"),
     ("ROLE=head; check_reach worker", 'touch "$RUN_DIR/done-worker"', "FAILED .* head -> worker: the worker offers no port"),
-    ("submit worker", f"sed -i '/^# -----*$/d' experiments/raytune/scheduler/asha/{WORKER}", f"{WORKER} has lost the line of dashes"),
+    ("submit worker", f"sed -i '/^# ==== end of EDIT/d' experiments/raytune/scheduler/asha/{WORKER}", f"{WORKER} has lost the line .==== end of EDIT. that ends its EDIT block"),
 ]  # fmt: skip
 TORCH = """
 __version__ = "2.13.0+cu130"
