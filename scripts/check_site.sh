@@ -354,11 +354,16 @@ check_folder() {                                             # check_folder ROLE
     fi
 }
 
-show() {                                                     # show ROLE: the lines of its job, and no others
-    local text
+show() {                                                     # show ROLE: the lines of its job; of what its EDIT block has said before them, errors
+    local text begun=""
     arrived "done-$1" || failed "$1 node: its checks were cut short: $(last "$(<"$RUN_DIR/$1.out")")"
     while IFS= read -r text; do
-        [[ -n ${COUNT[${text%% *}]:-} ]] || continue
+        if [[ -z ${COUNT[${text%% *}]:-} ]]; then            # the job goes on after an error there, as a run does
+            [[ -n $begun || ! $text =~ (not found|[Nn]o such|[Ee]rror|[Uu]nable|annot) ]] ||
+                warning "$1 node: its EDIT block says: ${text:0:200}; fix: the EDIT block of its .slurm file"
+            continue
+        fi
+        begun=yes
         COUNT[${text%% *}]=$((COUNT[${text%% *}] + 1))
         printf '%s\n' "$text"
     done <"$RUN_DIR/$1.out"

@@ -260,7 +260,14 @@ def test_a_folder_that_the_nodes_do_not_see(site, slurm, inputs):
 def test_an_edit_block_that_fails_is_quoted(site, slurm, inputs):
     edit_block(site / EXERCISE.relative_to(REPO) / HEAD, "module load cuda/12.6")
     status, lines = check(site, **slurm, **inputs)
-    assert status == 1 and re.match("FAILED +login +head node: its job ended early: .*module: command not found; fix: the EDIT block", lines[-2])
+    said = [line for line in lines if "EDIT block says" in line]
+    assert status == 0 and len(said) == 1 and re.match("warning +login +head node: its EDIT block says: .*module: command not found; fix: the EDIT block", said[0])
+
+
+def test_an_edit_block_that_ends_the_job_is_quoted(site, slurm, inputs):
+    edit_block(site / EXERCISE.relative_to(REPO) / HEAD, '[[ -z ${SLURM_JOB_ID:-} ]] || { echo "no such module"; exit 1; }')
+    status, lines = check(site, **slurm, **inputs)
+    assert status == 1 and re.match("FAILED +login +head node: its job ended early: no such module; fix: the EDIT block", lines[-2])
     assert nothing_left(site, slurm)
 
 

@@ -76,8 +76,16 @@ start_ray() {
 }
 
 ray_started() {                                        # a check for wait_until
-    kill -0 "$RAY" 2>/dev/null || fail "Ray ended at its start: $(tail -n 3 "$RAY_LOG")"
+    kill -0 "$RAY" 2>/dev/null || fail "Ray ended at its start$(too_few_processes): $(tail -n 1 "$RAY_LOG") (all of it: $RAY_LOG)"
     grep -q 'Ray runtime started' "$RAY_LOG"
+}
+
+too_few_processes() {                                  # Ray itself then says "overloaded"; it has some 150 threads, and a trial 130
+    local limit used
+    limit=$(ulimit -u) used=$(ps -L -u "$(id -u)" -o tid= | wc -l)
+    if [[ $limit != unlimited ]] && ((limit - used < 300)); then
+        printf ', with ulimit -u %s, of which %s are in use: raise it before sbatch, or ask your site' "$limit" "$used"
+    fi
 }
 
 owned() {                                              # run a command whose process tree end_owned can find
