@@ -262,6 +262,7 @@ def test_an_edit_block_that_fails_is_quoted(site, slurm, inputs):
     status, lines = check(site, **slurm, **inputs)
     said = [line for line in lines if "EDIT block says" in line]
     assert status == 0 and len(said) == 1 and re.match("warning +login +head node: its EDIT block says: .*module: command not found; fix: the EDIT block", said[0])
+    assert nothing_left(site, slurm)
 
 
 def test_an_edit_block_that_ends_the_job_is_quoted(site, slurm, inputs):

@@ -76,8 +76,12 @@ start_ray() {
 }
 
 ray_started() {                                        # a check for wait_until
-    kill -0 "$RAY" 2>/dev/null || fail "Ray ended at its start$(too_few_processes): $(tail -n 1 "$RAY_LOG") (all of it: $RAY_LOG)"
+    kill -0 "$RAY" 2>/dev/null || fail "Ray ended at its start$(too_few_processes): $(last_error) (all of it: $RAY_LOG)"
     grep -q 'Ray runtime started' "$RAY_LOG"
+}
+
+last_error() {                                         # in Ray's log: of a trace its last line, which names the error
+    grep -E '^[A-Za-z_.]+(Error|Exception): ' "$RAY_LOG" | tail -n 1 | cut -c1-300 | grep . || tail -n 1 "$RAY_LOG"
 }
 
 too_few_processes() {                                  # Ray itself then says "overloaded"; it has some 150 threads, and a trial 130
