@@ -564,7 +564,7 @@ SOURCES = [EXERCISE / HEAD, EXERCISE / WORKER, RAY_JOB, SCRIPT] + [REPO / "scrip
 SOURCES.append(REPO / "tests/mini_slurm.sh")
 FOREIGN = {  # what others print and the page quotes
     "JobState=FAILED", "ExitCode=0:53", "StdOut=",  # scontrol show job, provoked on the sandbox
-    "PENDING", "RUNNING", "OUT_OF_MEMORY",  # states of Slurm
+    "PENDING", "RUNNING", "JobState=OUT_OF_MEMORY",  # states of Slurm
     "Invalid feature specification",  # sbatch, provoked on the sandbox
     "No such file or directory",  # ls
     "HTTP/2 200",  # curl
@@ -591,6 +591,7 @@ def messages():
         found += [("failed", what) for what in re.findall(rf"\bwhat={quoted}", text)]
         found += [("failed", f"Slurm refuses it: ; fix: {fix}") for fix in re.findall(rf"\bfix={quoted}", text)]
         found += [("fail", f"waited {limit} s for {what}; giving up") for limit, what in re.findall(rf'\bwait_until "?([^\s"]+)"? {quoted}', text)]
+        found += [("printf", text.replace("%s", "\0")) for text in re.findall(r"\bprintf '([^']*)'", text)]
         mark = {"fail": "ERROR: ", "failed": "FAILED \0", "warning": "warning \0"}
         for how, message in found:
             yield mark.get(how, "") + re.sub(r"\$\(\([^)]*\)+|\$\((?:[^()]|\([^()]*\))*\)|\$\{[^}]*\}|\$\w+", "\0", message).replace('\\"', '"')
