@@ -174,6 +174,17 @@ def test_a_run_folder_that_cannot_be_made_ends_with_status_1(site, inputs, tmp_p
     assert re.match("FAILED +login +run folder: mkdir: cannot create directory .*fix: ", lines[1])
 
 
+@pytest.mark.parametrize("before, said", [
+    ("true", "ERROR: Ray ended at its start: ValueError: the cause "),
+    ("NODE_ADDRESS=203.0.113.7", r"ERROR: Ray ended at its start, with the address 203.0.113.7, which is not one of this node \(.*\): set NODE_ADDRESS in the EDIT block: "),
+    ("ulimit -u 250", "ERROR: Ray ended at its start, with ulimit -u 250, of which [0-9]+ are in use: raise it before sbatch, or ask your site: "),
+])  # fmt: skip
+def test_a_ray_that_ends_early_is_told_with_what_it_does_not_say_itself(site, before, said):
+    log = 'RAY_LOG=$RUN_DIR/log; printf "Traceback\nValueError: the cause\nRemaining processes will be killed.\n" >"$RAY_LOG"; sleep 0 & RAY=$!; wait'
+    (line,) = one_check(site, f"choose_python; {log}; ({before}; ray_started) 2>&1")
+    assert re.match(said, line)
+
+
 @pytest.mark.parametrize("arguments", [["--wait"], ["--wait", "0"], ["--wait", "ten"], ["now"], ["--wait", "5", "6"]])
 def test_wrong_usage(site, arguments):
     assert check(site, *arguments) == (2, [])

@@ -119,6 +119,7 @@ def test_workers_that_stay_pending_are_waited_for_until_the_deadline(cluster, de
     job = cluster.submit(**demo_run(demo, WORKER_DEADLINE="5"))
     assert cluster.wait_for_end(job, 90)["ExitCode"] == "1:0"
     assert "ERROR: waited 5 s for the first worker to join; giving up" in cluster.log(job)
+    assert re.search(rf"worker job {cluster.workers(job)[0]} is PENDING: (Resources|Priority) \(", cluster.log(job))
     cluster("scancel", blocker)
     nothing_is_left(cluster, job)
 
