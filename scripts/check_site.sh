@@ -268,8 +268,8 @@ check_reach() {                                              # check_reach OTHER
 submit() {                                                   # submit head|worker: its #SBATCH lines and EDIT block, then on_node
     local file=$HEAD script
     [[ $1 == head ]] || file=$WORKER
-    grep -q '^# -\{20,\}$' "$file" || { echo "${file##*/} has lost the line of dashes that ends its EDIT block"; return 1; }
-    script=$(sed '/^# -\{20,\}$/q' "$file"; printf 'source %q\non_node %q %q %q\n' "$REPO/scripts/check_site.sh" "$1" "$RUN_DIR" "$WAIT")
+    grep -q '^# ==== end of EDIT' "$file" || { echo "${file##*/} has lost the line \"==== end of EDIT\" that ends its EDIT block"; return 1; }
+    script=$(sed '/^# ==== end of EDIT/q' "$file"; printf 'source %q\non_node %q %q %q\n' "$REPO/scripts/check_site.sh" "$1" "$RUN_DIR" "$WAIT")
     cd "$EXERCISE" && timeout 60 sbatch --parsable --job-name="${RUN_DIR##*/}" --output="$RUN_DIR/$1.out" --time="$((WAIT + 10))" <<<"$script"
 }
 
@@ -354,11 +354,16 @@ check_folder() {                                             # check_folder ROLE
     fi
 }
 
-show() {                                                     # show ROLE: the lines of its job, and no others
-    local text
+show() {                                                     # show ROLE: the lines of its job; of what its EDIT block has said before them, errors
+    local text begun=""
     arrived "done-$1" || failed "$1 node: its checks were cut short: $(last "$(<"$RUN_DIR/$1.out")")"
     while IFS= read -r text; do
-        [[ -n ${COUNT[${text%% *}]:-} ]] || continue
+        if [[ -z ${COUNT[${text%% *}]:-} ]]; then            # the job goes on after an error there, as a run does
+            [[ -n $begun || ! $text =~ (not found|[Nn]o such|[Ee]rror|[Uu]nable|annot) ]] ||
+                warning "$1 node: its EDIT block says: ${text:0:200}; fix: the EDIT block of its .slurm file"
+            continue
+        fi
+        begun=yes
         COUNT[${text%% *}]=$((COUNT[${text%% *}] + 1))
         printf '%s\n' "$text"
     done <"$RUN_DIR/$1.out"
@@ -413,7 +418,7 @@ main() {
     trap 'exit 130' INT
     trap 'exit 129' HUP
     set +u
-    eval "$(sed -n '/^# ---- EDIT/,/^# -\{20,\}$/p' "$HEAD")"   # the environment that the jobs will have
+    eval "$(sed -n '/^# ==== EDIT/,/^# ==== end of EDIT/p' "$HEAD")"   # the environment that the jobs will have
     set -u
     local said file slurm=yes
     check_slurm || slurm=""

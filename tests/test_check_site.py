@@ -17,7 +17,7 @@ from conftest import EXERCISE, REPO, copy_of_the_course, wait_for
 OURS = ("SLURM_", "SBATCH_", "HF_", "NODE_ADDRESS")
 MOUNTS = ["unshare", "-rm", "bash", "-c"]  # a shell with a view of the file systems of its own
 HEAD, WORKER = "head_node_raytune_asha_hpo.slurm", "worker_node_raytune_asha_hpo.slurm"
-EDIT = "# ---- EDIT: how this site activates"
+EDIT = "# What makes the environment active"
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ STATES = [  # check, what is done before it, what it must say
     ("check_address", "NODE_ADDRESS=no-such-node; export NODE_ADDRESS", "FAILED .* address: no-such-node: OSError: .*Name or service not known"),
     ("ROLE=head; check_reach worker", 'mkdir -p "$RUN_DIR"; echo 127.0.0.1 1 >"$RUN_DIR/port-worker"', "FAILED .* head -> worker: 127.0.0.1 port 1: Connection refused; fix: ask your site to open all ports"),
     ("ROLE=head; check_reach worker", 'touch "$RUN_DIR/done-worker"', "FAILED .* head -> worker: the worker offers no port"),
-    ("submit worker", f"sed -i '/^# -----*$/d' experiments/raytune/scheduler/asha/{WORKER}", f"{WORKER} has lost the line of dashes"),
+    ("submit worker", f"sed -i '/^# ==== end of EDIT/d' experiments/raytune/scheduler/asha/{WORKER}", f"{WORKER} has lost the line .==== end of EDIT. that ends its EDIT block"),
 ]  # fmt: skip
 TORCH = """
 __version__ = "2.13.0+cu130"
@@ -172,6 +172,17 @@ def test_a_run_folder_that_cannot_be_made_ends_with_status_1(site, inputs, tmp_p
     status, lines = check(site, PATH=tools_without(tmp_path / "bin", "sbatch", "squeue", "scontrol", "scancel", "sinfo"), **inputs)
     assert status == 1 and lines[-1] == "0 ok, 1 warning, 1 FAILED"
     assert re.match("FAILED +login +run folder: mkdir: cannot create directory .*fix: ", lines[1])
+
+
+@pytest.mark.parametrize("before, said", [
+    ("true", "ERROR: Ray ended at its start: ValueError: the cause "),
+    ("NODE_ADDRESS=203.0.113.7", r"ERROR: Ray ended at its start, with the address 203.0.113.7, which is not one of this node \(.*\): set NODE_ADDRESS in the EDIT block: "),
+    ("ulimit -u 250", "ERROR: Ray ended at its start, with ulimit -u 250, of which [0-9]+ are in use: raise it before sbatch, or ask your site: "),
+])  # fmt: skip
+def test_a_ray_that_ends_early_is_told_with_what_it_does_not_say_itself(site, before, said):
+    log = 'RAY_LOG=$RUN_DIR/log; printf "Traceback\nValueError: the cause\nRemaining processes will be killed.\n" >"$RAY_LOG"; sleep 0 & RAY=$!; wait'
+    (line,) = one_check(site, f"choose_python; {log}; ({before}; ray_started) 2>&1")
+    assert re.match(said, line)
 
 
 @pytest.mark.parametrize("arguments", [["--wait"], ["--wait", "0"], ["--wait", "ten"], ["now"], ["--wait", "5", "6"]])
@@ -260,7 +271,15 @@ def test_a_folder_that_the_nodes_do_not_see(site, slurm, inputs):
 def test_an_edit_block_that_fails_is_quoted(site, slurm, inputs):
     edit_block(site / EXERCISE.relative_to(REPO) / HEAD, "module load cuda/12.6")
     status, lines = check(site, **slurm, **inputs)
-    assert status == 1 and re.match("FAILED +login +head node: its job ended early: .*module: command not found; fix: the EDIT block", lines[-2])
+    said = [line for line in lines if "EDIT block says" in line]
+    assert status == 0 and len(said) == 1 and re.match("warning +login +head node: its EDIT block says: .*module: command not found; fix: the EDIT block", said[0])
+    assert nothing_left(site, slurm)
+
+
+def test_an_edit_block_that_ends_the_job_is_quoted(site, slurm, inputs):
+    edit_block(site / EXERCISE.relative_to(REPO) / HEAD, '[[ -z ${SLURM_JOB_ID:-} ]] || { echo "no such module"; exit 1; }')
+    status, lines = check(site, **slurm, **inputs)
+    assert status == 1 and re.match("FAILED +login +head node: its job ended early: no such module; fix: the EDIT block", lines[-2])
     assert nothing_left(site, slurm)
 
 

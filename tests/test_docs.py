@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shlex
 import statistics
@@ -115,6 +116,16 @@ def test_quoted_trees_exist(document):
             path = parents[-1] / name
             assert path.is_dir() if name.endswith("/") else path.is_file(), f"no such path: {line}"
             parents.append(path)
+
+
+def test_the_layout_leaves_no_file_out():
+    """All of scripts/ and experiments/, and the rest but the tests."""
+    (tree,) = [block for block in blocks(README, "text") if block[0] == "README.md"]
+    named = {line.split()[0].rstrip("/") for line in tree}
+    for name in filter(None, git("ls-files", "-z", "-co", "--exclude-standard")):
+        top, last = name.split("/")[0], Path(name).name
+        if (top in ("scripts", "experiments") or name.startswith("tests/benchmarks/") or "/" not in name) and last not in (".gitkeep", ".gitignore"):
+            assert last in named or Path(name).parent.name == "pictures" or last.endswith("_demo.json"), f"not in the layout: {name}"
 
 
 def test_paths_that_other_texts_rely_on_exist():
@@ -243,6 +254,45 @@ def test_quoted_settings_of_the_mini_slurm_exist(document):
     for line, words, _ in commands(document):
         if "tests/mini_slurm.sh" in words:
             assert words[words.index("tests/mini_slurm.sh") + 1] in ("up", "down", "status", "--help"), line
+
+
+@every_document
+def test_commands_are_what_bash_can_read(document):
+    texts = ["\n".join(block) for block in blocks(document, "bash")]
+    texts += [span for span in spans(document) if re.match(r"([A-Z_]+=\S* )*(bash|sbatch|srun|squeue|sinfo|scontrol|scancel|tail|grep|curl|df|ls|less) ", span)]
+    for text in texts:
+        text = re.sub(r"<\w+>", "12345", text)
+        said = subprocess.run(["bash", "-n"], input=text, text=True, check=False, capture_output=True).stderr
+        assert not said, f"{text}\n{said}"
+
+
+@every_document
+def test_commands_of_slurm_have_their_options(document, tmp_path):
+    (tmp_path / "slurm.conf").write_text("ClusterName=none\nSlurmctldHost=localhost\n")  # without one they do not even help
+    environ = os.environ | {"SLURM_CONF": str(tmp_path / "slurm.conf")}
+    lines = [line for block in blocks(document, "bash") for line in block] + spans(document)
+    for line in lines:
+        for tool, rest in re.findall(r"(?:^|[\s(|])(sbatch|squeue|sinfo|scontrol|scancel|srun) ([^|;)]*)", line):
+            before_script = re.split(r"\S+\.slurm|\.venv", rest)[0]
+            options = re.findall(r"(?:^| )--([a-z-]+)", before_script)
+            listed = subprocess.run([tool, "--help"], env=environ, text=True, check=False, capture_output=True).stdout if options else ""
+            for option in options:
+                assert f"--{option}" in listed or (tool, option) == ("squeue", "me"), line  # its help does not tell of it
+
+
+@every_document
+def test_python_code_shown_is_that_of_the_script(document):
+    source = SCRIPT.read_text()
+    for block in blocks(document, "python"):
+        for line in block:
+            assert line in source, f"not in {SCRIPT.name}: {line}"
+
+
+def test_every_program_is_among_the_tools():
+    """Those whose --help and quoted options are checked here."""
+    parts = {"scripts/raytune_hpo/read_run.py", "scripts/raytune_hpo/draw_report.py", "scripts/raytune_hpo/ray_job.sh", "tests/run.sh"}  # no --help
+    programs = [name for name in git("ls-files", "-z", "-co", "--exclude-standard") if re.fullmatch(r"(scripts|tests/benchmarks)/.*\.(py|sh)|tests/[^/]*\.sh", name)]
+    assert set(programs) - parts == set(TOOLS)
 
 
 # ---- Tables and numbers ----------------------------------------------------------------------------------------------
@@ -506,6 +556,127 @@ def test_the_quoted_error_messages_are_those_of_the_code(hpo):
     assert "ERROR: one trial (" in capacity and "does not fit on a " in capacity
     assert 'wait_until 120 "Ray to join the head"' in (EXERCISE / WORKER).read_text()
     assert 'fail "waited $limit s for $what; giving up"' in RAY_JOB.read_text()
+
+
+# ---- Troubleshooting -------------------------------------------------------------------------------------------------
+SOURCES = [EXERCISE / HEAD, EXERCISE / WORKER, RAY_JOB, SCRIPT] + [REPO / "scripts" / name for name in (
+    "check_site.sh", "setup_env.sh", "raytune_hpo/worker_capacity.py", "raytune_hpo/fill_tables.py", "raytune_hpo/read_run.py")]  # fmt: skip
+SOURCES.append(REPO / "tests/mini_slurm.sh")
+FOREIGN = {  # what others print and the page quotes
+    "JobState=FAILED", "ExitCode=0:53", "StdOut=",  # scontrol show job, provoked on the sandbox
+    "PENDING", "RUNNING", "JobState=OUT_OF_MEMORY",  # states of Slurm
+    "Invalid feature specification",  # sbatch, provoked on the sandbox
+    "No such file or directory",  # ls
+    "HTTP/2 200",  # curl
+    "AF_UNIX path too long",  # Python, provoked in test_check_site.py
+    "no kernel image is available for execution on the device", "OutOfMemoryError: CUDA out of memory",  # PyTorch
+    "64M",  # df
+}  # fmt: skip
+
+
+def messages():
+    """What our own programs print, one text each, with NUL where a value stands."""
+    for path in SOURCES:
+        text = path.read_text()
+        if path.suffix == ".py":
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.JoinedStr):
+                    yield "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+            continue
+        text = text.replace("$EDIT", re.search(r'^EDIT="(.*)"', (REPO / "scripts/check_site.sh").read_text(), re.MULTILINE)[1])
+        quoted = r'"((?:\\.|\$\((?:[^()]|\([^()]*\))*\)|[^"\\])*)"'
+        found = re.findall(rf"\b(say|fail|failed|warning|ok|die|echo) {quoted}", text)
+        found += [("failed", what) for what in re.findall(rf"\bwhat={quoted}", text)]
+        found += [("failed", f"Slurm refuses it: ; fix: {fix}") for fix in re.findall(rf"\bfix={quoted}", text)]
+        found += [("fail", f"waited {limit} s for {what}; giving up") for limit, what in re.findall(rf'\bwait_until "?([^\s"]+)"? {quoted}', text)]
+        found += [("printf", text.replace("%s", "\0")) for text in re.findall(r"\bprintf '([^']*)'", text)]
+        mark = {"fail": "ERROR: ", "failed": "FAILED \0", "warning": "warning \0"}
+        for how, message in found:
+            yield mark.get(how, "") + re.sub(r"\$\(\([^)]*\)+|\$\((?:[^()]|\([^()]*\))*\)|\$\{[^}]*\}|\$\w+", "\0", message).replace('\\"', '"')
+
+
+def is_printed(quote, printed):
+    """Whether a quote is part of one of these messages; "..." in it stands for anything."""
+    quote = re.sub(r"^ERROR: ((LR_LOWER|RESUME|MODEL_NAME)=)?", "ERROR: ", quote)
+    parts = re.compile(".*".join(re.escape(part.strip()) for part in quote.removeprefix("ERROR: ").split("...")), re.DOTALL)
+    return any(parts.search(message) for message in printed)
+
+
+def symptoms():
+    """{symptom: {part: its text}} of the section Troubleshooting."""
+    section = README.read_text().split("\n## Troubleshooting\n")[1].split("\n## ")[0]
+    found = {}
+    for text in re.split(r"^(?=\*\*)", section, flags=re.MULTILINE)[1:]:
+        title, *parts = re.split(r"^- (Run|Shows|Fix): ", text.split("\n### ")[0], flags=re.MULTILINE)
+        found[title] = dict(zip(parts[::2], parts[1::2], strict=True))
+    return found
+
+
+def code_in(text):
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL))]
+
+
+def test_each_symptom_says_what_to_run_what_that_shows_and_the_fix():
+    found = symptoms()
+    assert len(found) >= 25
+    for title, parts in found.items():
+        assert list(parts) == ["Run", "Shows", "Fix"] and all(part.strip() for part in parts.values()), title
+        assert code_in(parts["Run"]), f"no command: {title}"
+    titles = " ".join(" ".join(found).split())
+    for topic in ("PENDING", "no worker joined", "no kernel image", "CUDA out of memory", "died; out of memory", "cannot be loaded", "AF_UNIX", "ulimit -u", "/dev/shm",
+                  "firewall", "wrong network interface", "quota", "NaN", "log folder is missing", "time limit", "cut off", "misspelt", "is not continued", "dashboard"):
+        assert topic in titles, topic
+    reasons = " ".join(row[0] for row in table(README, "reason"))
+    for reason in ("Resources", "Priority", "PartitionTimeLimit", "QOSMax", "AssocGrp", "ReqNodeNotAvail"):
+        assert reason in reasons, reason
+
+
+def test_each_line_quoted_there_is_one_that_our_programs_print_or_named_as_another_s():
+    printed, seen = list(messages()), 0
+    for title, parts in symptoms().items():
+        for span in code_in(title + parts["Shows"]):
+            if " " not in span and not span.startswith("FAILED") and re.fullmatch(r"[\w./$-]+", span) and span not in FOREIGN:
+                continue  # a path, a variable, a word of the log: checked as such
+            if span in FOREIGN or span == "ulimit -u":
+                continue
+            assert is_printed(span, printed), f"{title.strip()}: nothing prints {span}"
+            seen += 1
+    assert seen > 25
+    assert not is_printed("ERROR: waited ... s for Godot; giving up", printed)
+
+
+# ---- The quoted run --------------------------------------------------------------------------------------------------
+PICTURES = EXERCISE / "pictures"
+
+
+def test_the_sample_log_is_from_the_log_that_is_kept():
+    log = (PICTURES / "quickstart.out").read_text().splitlines()
+    sample = next(block for block in blocks(README, "text") if block[0].startswith("====="))
+    at = 0
+    for line in sample:
+        if line != "...":
+            assert line in log[at:], f"not in the log, or not in this order: {line}"
+            at = log.index(line, at) + 1
+    seconds = [int(h) * 3600 + int(m) * 60 + int(s) for line in (log[0], log[-1]) for h, m, s in [re.search(r" (\d\d):(\d\d):(\d\d) ", line).groups()]]
+    minutes, rest = divmod((seconds[1] - seconds[0]) % 86400, 60)
+    took = f"{minutes} min {rest} s"
+    assert f"It took {took}." in prose(README)
+    assert ["the run, from START to FINISH", took] in table(README, "step")
+
+
+def test_the_pictures_are_of_that_log_and_small(tmp_path):
+    import matplotlib.image
+
+    shown = re.findall(r"!\[[^\]]+\]\(([^)]+\.png)\)", README.read_text())
+    assert len(shown) == 2 and {(REPO / name).resolve() for name in shown} == set(PICTURES.glob("*.png"))
+    assert all(path.stat().st_size < 100_000 for path in PICTURES.glob("*.png"))
+    command = next(words for _, words, _ in commands(README) if "--plots" in words and any("quickstart.out" in word for word in words))
+    command[0], command[command.index("--plots") + 1] = sys.executable, str(tmp_path)
+    subprocess.run(command, cwd=REPO, check=True, capture_output=True, timeout=120)
+    kept, drawn = (matplotlib.image.imread(folder / "loss.png") for folder in (PICTURES, tmp_path))
+    assert kept.shape == drawn.shape and abs(kept - drawn).mean() < 0.01  # another font or version moves some pixels
 
 
 # ---- Slurm directives ------------------------------------------------------------------------------------------------

@@ -126,6 +126,7 @@ def test_workers_that_stay_pending_are_waited_for_until_the_deadline(cluster, de
     assert "ERROR: waited 5 s for the first worker to join; giving up" in cluster.log(impatient)
     wait_for(lambda: "waiting for the first worker to join: 10 s of 7200 s" in cluster.log(other), 60, "the line of the run that waits on")
     assert [cluster.job(worker)["JobState"] for worker in cluster.workers(other)] == ["PENDING"]
+    assert re.search(rf"worker job {cluster.workers(other)[0]} is PENDING: (Resources|Priority) \(", cluster.log(other))
     cluster("scancel", other)
     assert cluster.wait_for_end(other, 30)["ExitCode"] == "143:0" and "FINISH" in cluster.log(other)
     wait_for(lambda: cluster("squeue", "--noheader", "--format=%i").split() == [blocker], 30, "their jobs to be gone")

@@ -79,8 +79,22 @@ start_ray() {
 }
 
 ray_started() {                                        # a check for wait_until
-    kill -0 "$RAY" 2>/dev/null || fail "Ray ended at its start: $(tail -n 3 "$RAY_LOG")"
+    kill -0 "$RAY" 2>/dev/null || fail "Ray ended at its start$(likely_cause): $(last_error) (all of it: $RAY_LOG)"
     grep -q 'Ray runtime started' "$RAY_LOG"
+}
+
+last_error() {                                         # in Ray's log: of a trace its last line, which names the error
+    grep -E '^[A-Za-z_.]+(Error|Exception): ' "$RAY_LOG" | tail -n 1 | cut -c1-300 | grep . || tail -n 1 "$RAY_LOG"
+}
+
+likely_cause() {                                       # that Ray itself does not name: it says "overloaded" or "GCS may have been killed"
+    local limit used address
+    limit=$(ulimit -u) used=$(ps -L -u "$(id -u)" -o tid= | wc -l) address=$(node_address)
+    if [[ $limit != unlimited ]] && ((limit - used < 300)); then     # threads; Ray has some 150, a trial 130
+        printf ', with ulimit -u %s, of which %s are in use: raise it before sbatch, or ask your site' "$limit" "$used"
+    elif ! python -c 'import socket, sys; socket.create_server((sys.argv[1], 0))' "$address" 2>/dev/null; then
+        printf ', with the address %s, which is not one of this node (%s): set NODE_ADDRESS in the EDIT block' "$address" "$(hostname -I | xargs)"
+    fi
 }
 
 owned() {                                              # run a command whose process tree end_owned can find

@@ -305,7 +305,7 @@ def not_loaded(variable, value, error):
     """What to tell the user when the hub does not deliver."""
     return (
         f"{variable}={value!r} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:200]}; compute nodes "
-        f"often cannot reach the hub: fetch it on a login node and give the local folder"
+        f"often cannot reach the hub: fetch it on a login node (bash scripts/prefetch.sh) and give the local folder"
     )
 
 
