@@ -77,7 +77,7 @@ start_ray() {
 
 ray_started() {                                        # a check for wait_until
     kill -0 "$RAY" 2>/dev/null || fail "Ray ended at its start: $(tail -n 3 "$RAY_LOG")"
-    grep -q 'Ray runtime started' "$RAY_LOG"
+    [[ -s $RAY_TMP/r/ray_current_cluster ]]            # the head's address; the last that Ray writes, on both kinds of nodes
 }
 
 owned() {                                              # run a command whose process tree end_owned can find
