@@ -80,6 +80,11 @@ ray_started() {                                        # a check for wait_until
     [[ -s $RAY_TMP/r/ray_current_cluster ]]            # the head's address; the last that Ray writes, on both kinds of nodes
 }
 
+end_ray() {                                            # it takes its time; end_owned ends what is left
+    disown "$RAY"
+    kill "$RAY" 2>/dev/null || true
+}
+
 owned() {                                              # run a command whose process tree end_owned can find
     exec env HPO_OWNER="$RUN_DIR $ROLE $JOB" "$@"
 }
