@@ -1,9 +1,11 @@
 """What the benchmarks claim, where it can be asserted without a clock."""
 
 import statistics
+import subprocess
+import sys
 
 import pytest
-from conftest import REPO, load_module
+from conftest import REPO, SCRIPT, load_module
 
 
 @pytest.mark.parametrize("slots", [1, 4])
@@ -27,3 +29,23 @@ def test_savings_the_recorded_configurations_are_those_of_the_search(hpo):
     space = hpo.search_space(savings.settings_of(hpo, curves.about))
     recorded = [{key: c[key] for key in ("lr", "per_device_bs", "wd")} for c in curves.configurations]
     assert savings.draw_configurations(space, curves.about["SEED"], len(recorded)) == recorded
+
+
+def test_what_the_benchmarks_edit_in_a_copy_of_the_search_is_there(monkeypatch):
+    """Each edits a line of the search script or the head script, which may have changed since."""
+    monkeypatch.syspath_prepend(str(REPO / "tests/benchmarks"))
+    turnover, utilisation = (load_module(REPO / f"tests/benchmarks/{name}.py") for name in ("turnover", "utilisation"))
+    text = SCRIPT.read_text()
+    for edited in (turnover.replaced(text, turnover.IMPORTS, turnover.IMPORTS + turnover.AT_FIRST_STEP), utilisation.edited(text, 5)):
+        assert edited != text
+        compile(edited, SCRIPT.name, "exec")
+    with pytest.raises(SystemExit, match="does not have once"):
+        turnover.replaced(text, "no such line", "")
+
+
+@pytest.mark.parametrize("program", sorted(path.name for path in (REPO / "tests/benchmarks").glob("*.py")))
+def test_every_benchmark_says_how_it_is_called_and_is_on_the_page(program):
+    command = f".venv/bin/python tests/benchmarks/{program}"
+    shown = subprocess.run([sys.executable, REPO / "tests/benchmarks" / program, "--help"], text=True, check=True, capture_output=True, timeout=60).stdout
+    assert command in shown
+    assert command in (REPO / "tests/benchmarks/README.md").read_text()

@@ -174,6 +174,7 @@ TOOLS = [
     "tests/benchmarks/turnover.py",
     "tests/benchmarks/asha_savings.py",
     "tests/benchmarks/scale.py",
+    "tests/benchmarks/utilisation.py",
 ]
 
 

@@ -80,7 +80,12 @@ start_ray() {
 
 ray_started() {                                        # a check for wait_until
     kill -0 "$RAY" 2>/dev/null || fail "Ray ended at its start$(likely_cause): $(last_error) (all of it: $RAY_LOG)"
-    grep -q 'Ray runtime started' "$RAY_LOG"
+    [[ -s $RAY_TMP/r/ray_current_cluster ]]            # the head's address; the last that Ray writes, on both kinds of nodes
+}
+
+end_ray() {                                            # it takes its time; end_owned ends what is left
+    disown "$RAY"
+    kill "$RAY" 2>/dev/null || true
 }
 
 last_error() {                                         # in Ray's log: of a trace its last line, which names the error

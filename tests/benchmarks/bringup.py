@@ -47,7 +47,8 @@ def floor(folder):
     environ = os.environ | {"RAY_AUTH_MODE": "disabled"}
     common = ["--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats", "--object-store-memory=500000000", "--include-log-monitor=false"]
     head, first = until_it_says([RAY, "start", "--head", "--port=0", "--dashboard-port=0", "--num-cpus=0", f"--temp-dir={folder}/h", *common], "Ray runtime started", environ)
-    address = Path(f"{folder}/h/ray_current_cluster").read_text().strip()
+    file = Path(f"{folder}/h/ray_current_cluster")
+    address = wait_for(lambda: file.exists() and file.read_text(), 10, file)
     worker, second = until_it_says([RAY, "start", f"--address={address}", "--num-cpus=4", f"--temp-dir={folder}/w", *common], "Ray runtime started", environ)
     driver, third = until_it_says([sys.executable, "-c", f"import ray; ray.init('{address}', logging_level='ERROR'); print('connected', flush=True)"], "connected", environ)
     for process in (driver, worker, head):
@@ -71,7 +72,7 @@ def one_run(cluster, variables):
     for name, text in PHASES.items():
         now = moment(text)
         seconds[name], last = now - last, now
-    seconds["sbatch to worker joined"] = sum(list(seconds.values())[:4])
+    seconds["bring-up: sbatch to search connected"] = sum(list(seconds.values())[:5])
     (worker,) = cluster.workers(job)
     wait_for(lambda: worker not in cluster("squeue", "--noheader", "--format=%i"), 60, "the worker job to end")
     seconds["last report to worker job gone"] = time.monotonic() - last
@@ -105,8 +106,8 @@ def main():
     rows |= dict(zip(("bare head", "bare worker", "bare driver"), zip(*floors, strict=True), strict=True))
     for name, values in rows.items():
         print(f"| {name} | {statistics.median(values):.1f} | {min(values):.1f} | {max(values):.1f} |")
-    least = statistics.median(head + worker for head, worker, _ in floors)
-    print(f"\nsbatch to worker joined / (bare head + bare worker): {statistics.median(rows['sbatch to worker joined']) / least:.2f}  ({runs} runs, {os.cpu_count()} cores)")
+    least, bring_up = statistics.median(map(sum, floors)), statistics.median(rows["bring-up: sbatch to search connected"])
+    print(f"\nbring-up / (bare head + bare worker + bare driver): {bring_up / least:.2f}  ({runs} runs, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')})")
 
 
 if __name__ == "__main__":

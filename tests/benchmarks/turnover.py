@@ -22,7 +22,10 @@ from conftest import HEAD, REPO, SCRIPT, copy_of_the_course
 
 # An epoch of 12 s or so on 2 cores: long enough for the next trial's processes to import meanwhile, as any real one is.
 ONE_EPOCH = {"NUM_EPOCHS": "1", "TRAIN_SAMPLES": "1000", "EVAL_SAMPLES": "16", "BS_CHOICES": "2"}
+IMPORTS = "    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments\n"  # of fine_tune
 AT_FIRST_STEP = """
+    from transformers import TrainerCallback
+
     class FirstStep(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 1 and os.environ.get("RANK", "0") == "0":
@@ -31,6 +34,13 @@ AT_FIRST_STEP = """
 
     callbacks = [*callbacks, FirstStep()]
 """
+
+
+def replaced(text, old, new):
+    """text with new in place of old, which must be there once."""
+    if text.count(old) != 1:
+        raise SystemExit(f"ERROR: the search script does not have once what this program edits in a copy of it: {old!r}")
+    return text.replace(old, new)
 
 
 def stamped_lines(command, **options):
@@ -50,9 +60,7 @@ def main():
         course, demo = copy_of_the_course(Path(folder) / "repo"), Path(folder) / "demo"
         subprocess.run([sys.executable, REPO / "scripts/demo_assets.py", demo], check=True, stdout=subprocess.DEVNULL)
         script, steps = Path(folder) / "repo" / SCRIPT.relative_to(REPO), Path(folder) / "first_steps"
-        line = "    from transformers.trainer_utils import get_last_checkpoint\n"  # in fine_tune
-        assert script.read_text().count(line) == 1
-        script.write_text(script.read_text().replace(line, line + "    from transformers import TrainerCallback\n" + AT_FIRST_STEP))
+        script.write_text(replaced(script.read_text(), IMPORTS, IMPORTS + AT_FIRST_STEP))
         environ = os.environ | ONE_EPOCH | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "NUM_SAMPLES": str(trials)}
         environ |= {"FIRST_STEPS": str(steps)}
 

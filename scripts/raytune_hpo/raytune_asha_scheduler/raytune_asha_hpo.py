@@ -913,7 +913,6 @@ def search(s, run_dir):
     if not (run_dir / "settings.json").exists():  # for RESUME
         texts = {name: os.environ.get(name, default) for name, (default, *_) in VARIABLES.items() if name != "GPUS_PER_WORKER" or s.gpus_required}
         (run_dir / "settings.json").write_text(json.dumps(texts | {"MODEL_NAME": s.MODEL_NAME, "SQUAD_DATA": s.SQUAD_DATA}, indent=1))
-    say(f"data: {len(data[0])} training and {len(data[1])} validation questions as tokens, from {s.SQUAD_DATA}")
 
     import numpy
     import ray
@@ -923,7 +922,9 @@ def search(s, run_dir):
     ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": QUIETER_AND_FASTER, "worker_process_setup_hook": import_ahead})
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's cause is told below, its trace is in error.txt
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # scancel: end at once, without the trace that Ray would print
-    resources = ray.cluster_resources()
+    while not (resources := ray.cluster_resources()).get("CPU"):  # the first worker is on its way; how long it may take, the head script says
+        time.sleep(0.1)
+    say(f"data: {len(data[0])} training and {len(data[1])} validation questions as tokens, from {s.SQUAD_DATA}")
     use_gpu = s.GPUS_PER_WORKER > 0 and resources.get("GPU", 0) > 0
     if s.gpus_required and s.GPUS_PER_WORKER and not use_gpu:
         raise InputError(f"GPUS_PER_WORKER={s.GPUS_PER_WORKER}: the worker nodes have no GPU; set 0, or use GPU nodes")
@@ -1110,4 +1111,7 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # Ray would take its leave of a cluster that now ends, while the nodes are held for a second or two
