@@ -106,14 +106,14 @@ def test_a_run_cut_short_goes_on_after_its_last_epoch_and_keeps_no_checkpoint_to
     terminal = course / "terminal.txt"
     with terminal.open("w") as file:
         head = subprocess.Popen(["bash", HEAD], cwd=course, env=os.environ | variables, stdout=file, stderr=subprocess.STDOUT)
-    wait_for(lambda: "_00001  epoch 2/6" in terminal.read_text(), 120, "the second trial's second epoch")
+    wait_for(lambda: "_00001  epoch 2/6" in terminal.read_text(), 240, "the second trial's second epoch")
     head.terminate()
     assert head.wait(60) == 143
     run_dir = course / "runs" / job_of(terminal.read_text())
     assert not saved(run_dir, 0) and 1 <= len(before := saved(run_dir, 1)) <= 3  # the last, one about to be removed, one not yet reported
     with terminal.open("w") as file:
         head = subprocess.Popen(["bash", HEAD], cwd=course, env=os.environ | {"RESUME": str(run_dir)}, stdout=file, stderr=subprocess.STDOUT)
-    wait_for(lambda: "_00001  epoch 5/6" in terminal.read_text(), 120, "the fifth epoch")
+    wait_for(lambda: "_00001  epoch 5/6" in terminal.read_text(), 240, "the fifth epoch")
     assert not set(before) & set(saved(run_dir, 1))
     assert head.wait(60) == 0
     log = terminal.read_text()
