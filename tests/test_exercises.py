@@ -22,7 +22,7 @@ from conftest import (
     wait_for,
 )
 
-QUICK = SPACE | SMALL | {"NUM_SAMPLES": "2", "NUM_EPOCHS": "2", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "4"}  # where the page leaves it open
+QUICK = SPACE | SMALL | {"NUM_SAMPLES": "2", "NUM_EPOCHS": "2", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "8"}  # two at once
 
 
 class Student(Cluster):
