@@ -22,7 +22,7 @@ from conftest import (
     wait_for,
 )
 
-QUICK = SPACE | SMALL | {"NUM_SAMPLES": "2", "NUM_EPOCHS": "2", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "4"}  # where the page leaves it open
+QUICK = SPACE | SMALL | {"NUM_SAMPLES": "2", "NUM_EPOCHS": "2", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "8"}  # two at once
 
 
 class Student(Cluster):
@@ -56,10 +56,11 @@ def student(slurm, course, demo):
 
 
 @pytest.fixture(scope="module")
-def documented(slurm, demo, tmp_path_factory):
-    """Exercise 1, which 8 and 9 start from."""
+def done(slurm, demo, tmp_path_factory):
+    """A run that 8 and 9 start from: that of exercise 4."""
     student = Student(slurm, copy_of_the_course(tmp_path_factory.mktemp("course")), demo)
-    (block,) = fenced(exercise(1), "bash")
+    edit(student.folder, exercise(4))
+    (block,) = fenced(exercise(4), "bash")
     student.types(block)
     student.runs()
     return student
@@ -82,26 +83,25 @@ def test_each_edit_fits_the_script_and_leaves_it_right(number, course):
     assert subprocess.run([sys.executable, "-m", "py_compile", script], check=False).returncode == 0
 
 
-def test_a_wider_range(student):
+def test_a_wider_range_another_halving_and_another_hyperparameter(student):
+    """Exercises 2, 3 and 6 in one run. What 1, 3 and 6 have a student type is the first line of 5, which is typed below."""
+    for number in (3, 6):
+        edit(student.folder, exercise(number))
+    for number in (1, 3, 6):
+        assert fenced(exercise(number), "bash") == [f"{fenced(exercise(5), 'bash')[0].splitlines()[0]}\n"]
     (block,) = fenced(exercise(2), "bash")
     student.types(block)
     log = student.runs()
-    assert re.search(r"^  LR_UPPER +10\.0$", log, re.MULTILINE) and len(table_of(log)) == 2
+    rows = table_of(log)
+    assert re.search(r"^  LR_UPPER +10\.0$", log, re.MULTILINE) and len(rows) == 2
+    assert all(row["iter"] == "2" for row in rows)  # nobody ends before epoch 2
+    drawn = [report["config"]["train_loop_config"]["warmup_ratio"] for reported in reports_of(student.folder / "runs" / student.shell["job"]).values() for report in reported]
+    assert len(set(drawn)) == 2 and all(0 <= ratio <= 0.2 for ratio in drawn)
+    assert any("warmup_ratio" in column for column in rows[0])
 
 
-def test_reduction_factor_and_grace_period(student):
-    edit(student.folder, exercise(3))
-    (block,) = fenced(exercise(3), "bash")
-    student.types(block)
-    log = student.runs()
-    assert all(row["iter"] == "2" for row in table_of(log))  # nobody ends before epoch 2
-
-
-def test_more_trials_for_the_same_budget(student):
-    edit(student.folder, exercise(4))
-    (block,) = fenced(exercise(4), "bash")
-    student.types(block)
-    log = student.runs()
+def test_more_trials_for_the_same_budget(done):
+    log = done.log(done.shell["job"])
     assert len(table_of(log)) == 6 and log.count("finished   all epochs") == 6
 
 
@@ -126,21 +126,21 @@ def test_a_second_worker_joins_and_the_first_is_killed(slurm, course, demo):
     wait_for(lambda: not student("squeue", "--noheader") and nothing_left(job, *student.workers(job), added), 60, "everything to be gone")
 
 
-def test_asha_against_the_manual_grid(documented):
-    grid = documented.folder.parents[2] / "manual/bloom_hpo_manual.slurm"
+def test_asha_against_the_manual_grid(done):
+    grid = done.folder.parents[2] / "manual/bloom_hpo_manual.slurm"
     grid.write_text(grid.read_text().replace("(1 2) ", "(2) ").replace("(0.0 0.01)", "(0.01)"))  # three combinations instead of twelve
     submit, compare = fenced(exercise(8), "bash")
-    documented.types(submit)
-    assert documented.wait_for_end(documented.shell["grid"], 240)["JobState"] == "COMPLETED"
-    told = documented.types(compare)
-    assert f"manual grid {documented.shell['grid']}" in told and f"Ray Tune ASHA {documented.shell['job']}" in told
+    done.types(submit)
+    assert done.wait_for_end(done.shell["grid"], 240)["JobState"] == "COMPLETED"
+    told = done.types(compare)
+    assert f"manual grid {done.shell['grid']}" in told and f"Ray Tune ASHA {done.shell['job']}" in told
     assert "the runs are comparable" in told and "NOT COMPARABLE" not in told
 
 
-def test_the_winner_for_thirty_epochs(documented):
+def test_the_winner_for_thirty_epochs(done):
     (block,) = fenced(exercise(9), "bash")
-    told = documented.types(block, 240)
-    best = best_of(documented.log(documented.shell["job"]))["config"]["train_loop_config"]
+    told = done.types(block, 240)
+    best = best_of(done.log(done.shell["job"]))["config"]["train_loop_config"]
     assert re.search(rf"^RESULT lr={best['lr']} per_device_bs={best['per_device_bs']} ", told, re.MULTILINE) and "epoch 30/30" in told
 
 

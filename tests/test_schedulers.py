@@ -9,7 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import check_log, edit, exercise, job_of, nothing_left, quickstart
+from conftest import (
+    HEAD,
+    check_log,
+    edit,
+    exercise,
+    job_of,
+    nothing_left,
+    quickstart,
+    wait_for,
+)
 
 TESTS = Path(__file__).resolve().parent
 
@@ -57,14 +66,18 @@ def test_what_pbt_needs_is_asked_for_before_anything_starts(hpo):
 
 
 def test_pbt_copies_weights_from_trial_to_trial(course, demo):
-    """Mutations to a learning rate of nothing: after a copy the loss must stay what the donor's was at that epoch."""
+    """Mutations to a learning rate of nothing: after a copy the loss must stay what the donor's was at that epoch.
+
+    One trial at a time, so PBT pauses each after each epoch: the order of reports, and so the copies, do not depend on
+    the machine. One process a trial, for six starts; two processes are tested above.
+    """
     script = edit(course, exercise(10))
     line = '"lr": tune.loguniform(s.LR_LOWER, s.LR_UPPER), "wd": s.WD_CHOICES}},'
     text = script.read_text()
     assert text.count(line) == 1
     script.write_text(text.replace(line, '"lr": lambda: 1e-12}}, resample_probability=1,'))
     variables = {"NUM_SAMPLES": "2", "NUM_EPOCHS": "3", "TRAIN_SAMPLES": "32", "EVAL_SAMPLES": "16", "LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "BS_CHOICES": "2"}
-    variables |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "CPUS_PER_WORKER": "1"}
+    variables |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": str(os.cpu_count())}
     status, log = quickstart(course, **variables)
     assert status == 2 and "ERROR: CHECKPOINTS='0': PopulationBasedTraining" in log and not (course / "runs").exists()
     status, log = quickstart(course, **variables, CHECKPOINTS="1")
@@ -78,6 +91,36 @@ def test_pbt_copies_weights_from_trial_to_trial(course, demo):
     assert not (run_dir / "checkpoints").exists() and (run_dir / "tune/pbt_global.txt").stat().st_size > 0
     assert log.count("finished   all epochs") == 2
     assert nothing_left(job_of(log))
+
+
+def saved(run_dir, number):
+    """The epochs' folders of a trial that are on the disk."""
+    return sorted(str(path) for path in run_dir.glob(f"checkpoints/*_{number:05d}/*/checkpoint-*"))
+
+
+def test_a_run_cut_short_goes_on_after_its_last_epoch_and_keeps_no_checkpoint_too_many(course, demo):
+    """Exercise 4's edit: no trial is stopped. One trial at a time, the signal of scancel in the second."""
+    edit(course, exercise(4))
+    variables = {"NUM_SAMPLES": "2", "NUM_EPOCHS": "6", "TRAIN_SAMPLES": "96", "EVAL_SAMPLES": "16", "LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "CHECKPOINTS": "1"}
+    variables |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": str(os.cpu_count())}
+    terminal = course / "terminal.txt"
+    with terminal.open("w") as file:
+        head = subprocess.Popen(["bash", HEAD], cwd=course, env=os.environ | variables, stdout=file, stderr=subprocess.STDOUT)
+    wait_for(lambda: "_00001  epoch 2/6" in terminal.read_text(), 240, "the second trial's second epoch")
+    head.terminate()
+    assert head.wait(60) == 143
+    run_dir = course / "runs" / job_of(terminal.read_text())
+    assert not saved(run_dir, 0) and 1 <= len(before := saved(run_dir, 1)) <= 3  # the last, one about to be removed, one not yet reported
+    with terminal.open("w") as file:
+        head = subprocess.Popen(["bash", HEAD], cwd=course, env=os.environ | {"RESUME": str(run_dir)}, stdout=file, stderr=subprocess.STDOUT)
+    wait_for(lambda: "_00001  epoch 5/6" in terminal.read_text(), 240, "the fifth epoch")
+    assert not set(before) & set(saved(run_dir, 1))
+    assert head.wait(60) == 0
+    log = terminal.read_text()
+    check_log(log, job_of(log))
+    epochs = [int(epoch) for epoch in re.findall(r"_00001  epoch (\d)/6", log)]
+    assert epochs[0] > 1 and epochs == list(range(epochs[0], 7)) and "_00000  started" not in log
+    assert not (run_dir / "checkpoints").exists()
 
 
 def proofs(log):

@@ -658,7 +658,7 @@ def checkpoints_of_this_start(s, run_dir):
     if not s.CHECKPOINTS:
         return {"checkpoints": None, "start_from": None}
     of_trial = run_dir / "checkpoints" / tune.get_context().get_trial_id()
-    known = {file.read_text() for file in run_dir.glob(f"tune/*/checkpoint_*/{NAME_FILE}")}
+    known = {file.read_text() for file in run_dir.glob(f"tune/*_{of_trial.name}/checkpoint_*/{NAME_FILE}")}
     for folder in of_trial.glob("*/checkpoint-*"):  # saved, but the trial was interrupted before the report
         if str(folder) not in known:
             shutil.rmtree(folder, ignore_errors=True)
@@ -955,6 +955,9 @@ def search(s, run_dir):
                 self.ended = sum(trial.is_finished() for trial in trials)
                 for earlier in trials:  # min() keeps its first if the second is NaN
                     self.best = min(self.best, earlier.metric_analysis.get("eval_loss", {}).get("min", math.inf))
+                    if s.CHECKPOINTS and continued:  # what the earlier part has saved
+                        folders = (run_dir / "checkpoints" / earlier.trial_id).glob("*/checkpoint-*")
+                        self.saved[earlier] = sorted(map(str, folders), key=os.path.getmtime)
             origin = folder_named_in(trial.checkpoint)
             if origin and f"/{trial.trial_id}/" not in origin:
                 donor = next(other for other in trials if f"/{other.trial_id}/" in origin)
