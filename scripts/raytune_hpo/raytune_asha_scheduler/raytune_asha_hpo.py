@@ -522,7 +522,8 @@ def train_loop_per_worker(config):
     import torch
     from transformers import TrainerCallback
 
-    torch.set_num_threads(config["settings"].CPUS_PER_WORKER)  # torch has asked the machine at its import
+    # torch has asked the machine at its import. A sandbox's node can have fewer CPUs than Slurm has been told.
+    torch.set_num_threads(min(config["settings"].CPUS_PER_WORKER, len(os.sched_getaffinity(0))))
     if ray.get_gpu_ids() and not torch.cuda.is_available():
         raise RuntimeError("this worker was given a GPU, but PyTorch cannot use it; check with: python -c 'import torch; torch.zeros(1).cuda()'")
 
