@@ -16,7 +16,7 @@ SEED=${2:-42}
 [[ $RUNS =~ ^[1-9][0-9]?$ && $SEED =~ ^[0-9]{1,4}$ ]] || { echo "ERROR: '$*': give at most 99 runs and a seed of at most 4 digits" >&2; exit 2; }
 REPO=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 HEAD=head_node_raytune_asha_hpo.slurm
-FAULTS=(none worker-cancelled raylet-killed gcs-killed search-killed head-cancelled head-killed requeued)
+FAULTS=(none time-limit worker-cancelled raylet-killed gcs-killed search-killed head-cancelled head-killed requeued)
 MOMENTS=("joined" "  started" "epoch 1/")
 TRIALS=2
 completed=0 lost=0 left=0 missed=0 memory_first="" drawn_first=""
@@ -83,6 +83,7 @@ inject() {                                                   # inject FAULT JOB
         gcs-killed) kill_those head gcs/gcs_server ;;
         search-killed) kill_those head raytune_asha_hpo.py ;;
         head-cancelled) scancel "$2" ;;
+        time-limit) scontrol update JobId="$2" TimeLimit=3 ;;   # --signal=B:TERM@120: a minute after its start
         head-killed) scancel --signal=KILL --batch "$2" ;;   # the batch shell alone
         requeued)
             scontrol requeue "$2"
