@@ -594,7 +594,7 @@ def start_successors(wanted):
             )
 
 
-def run_trial(config, settings, data, use_gpu, run_dir):
+def run_trial(config, settings, data, use_gpu, run_dir, slots):
     """One trial: a TorchTrainer with W workers on one node. Tune may end it at any report."""
     import ray
     from ray import train, tune
@@ -603,13 +603,15 @@ def run_trial(config, settings, data, use_gpu, run_dir):
         def after_report(self, run_context, metrics, checkpoint):
             report_to_tune(metrics[0])  # the first worker's; all report the same
 
+    number = int(tune.get_context().get_trial_id().rsplit("_")[-1])  # 0, 1, ... in the order drawn, which is that of the starts
     torch_trainer_of_the_trial()(
         train_loop_per_worker,
         train_loop_config={
             "hyperparameters": config["train_loop_config"],
             "settings": settings,
             "data": data[0],
-            "successors": ray.get_runtime_context().get_runtime_env_string(),  # of this process and of Ray Train's helper
+            # Of this process and of Ray Train's helper; of the last trials, as many as run at once, there are none.
+            "successors": number + slots < settings.NUM_SAMPLES and ray.get_runtime_context().get_runtime_env_string(),
             **checkpoints_of_this_start(settings, run_dir),
         },
         scaling_config=train.ScalingConfig(
@@ -1031,7 +1033,7 @@ def search(s, run_dir):
     remembers = isinstance(chosen, Remembers)
     if remembers:
         chosen.journal = run_dir / "reports.jsonl"
-    trainable = tune.with_parameters(run_trial, settings=s, data=[ray.put(data)], use_gpu=use_gpu, run_dir=run_dir)
+    trainable = tune.with_parameters(run_trial, settings=s, data=[ray.put(data)], use_gpu=use_gpu, run_dir=run_dir, slots=slots)
     trainable = tune.with_resources(trainable, place_of_a_trial(s, use_gpu))
     tuner = tune.Tuner(
         trainable,
