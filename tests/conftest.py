@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ REPO = Path(__file__).resolve().parent.parent
 EXERCISE = REPO / "experiments/raytune/scheduler/asha"
 SCRIPT = REPO / "scripts/raytune_hpo/raytune_asha_scheduler/raytune_asha_hpo.py"
 HEAD = "head_node_raytune_asha_hpo.slurm"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job; what the tests start would ignore Ctrl-C, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(REPO / "scripts/raytune_hpo"))  # the tools import one another from there
 
 
