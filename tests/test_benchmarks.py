@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO, SCRIPT, load_module
+from conftest import REPO, SCRIPT, edit, load_module
 
 
 @pytest.mark.parametrize("slots", [1, 4])
@@ -41,6 +41,20 @@ def test_what_the_benchmarks_edit_in_a_copy_of_the_search_is_there(monkeypatch):
         compile(edited, SCRIPT.name, "exec")
     with pytest.raises(SystemExit, match="does not have once"):
         turnover.replaced(text, "no such line", "")
+
+
+def test_the_lines_of_the_page_for_even_learning_rates_draw_them(course):
+    from ray.tune.experiment import Experiment
+    from ray.tune.registry import register_trainable
+
+    script = load_module(edit(course, (REPO / "tests/benchmarks/README.md").read_text()))
+    settings = script.read_settings({"NUM_SAMPLES": "6", "LR_LOWER": "1e-6", "LR_UPPER": "1"})
+    register_trainable("nothing", lambda config: None)
+    sampler = script.sampler(settings)
+    sampler.add_configurations(Experiment("even", run="nothing", config=script.search_space(settings), num_samples=settings.NUM_SAMPLES))
+    drawn = [sampler.next_trial().config["train_loop_config"] for _ in range(6)]
+    assert sorted(d["lr"] for d in drawn) == pytest.approx([10 ** (-6 + i + 0.5) for i in range(6)])
+    assert [d["lr"] for d in drawn] != sorted(d["lr"] for d in drawn) and {d["per_device_bs"] for d in drawn} <= {1, 2}
 
 
 @pytest.mark.parametrize("program", sorted(path.name for path in (REPO / "tests/benchmarks").glob("*.py")))
