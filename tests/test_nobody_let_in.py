@@ -103,7 +103,7 @@ def http(address, token=None, path="/api/cluster_status"):
 
 
 CALLS = ("NodeInfoGcsService/GetAllNodeInfo", "NodeManagerService/GetNodeStats", "ObjectManagerService/Pull", "CoreWorkerService/GetCoreWorkerStats",
-         "RayletDriver/ClusterInfo")
+         "RayletDriver/ClusterInfo", "LogService/ListLogs", "ReporterService/GetTraceback")
 
 
 def grpc_answers(ip, port):
