@@ -207,9 +207,13 @@ def test_near_its_time_limit_a_run_ends_in_order_and_goes_on_later(cluster, demo
     assert f"continue with: RESUME=runs/{job} sbatch {HEAD}" in log
     nothing_is_left(cluster, job)
     last = max(int(epoch) for epoch in re.findall(r"epoch (\d+)/300", log))
+    saved = lambda: [*(cluster.folder / "runs" / job).glob("checkpoints/*/*/checkpoint-*")]
+    before = saved()
+    assert 1 <= len(before) <= 3  # the last, one about to be removed, one not yet reported
     head.write_text(head.read_text().replace("    sleep 12\n", ""))
     again = cluster.submit(RESUME=f"runs/{job}")
-    wait_for(lambda: re.search(r"epoch \d+/300", cluster.log(again)), 120, "the next report")
+    wait_for(lambda: len(re.findall(r"epoch \d+/300", cluster.log(again))) >= 4, 120, "the next reports")
+    assert not set(before) & set(saved())
     cluster("scancel", again)
     cluster.wait_for_end(again, 30)
     assert "continues the run in" in cluster.log(again)

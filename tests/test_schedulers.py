@@ -10,14 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import (
-    HEAD,
     check_log,
     edit,
     exercise,
     job_of,
     nothing_left,
     quickstart,
-    wait_for,
 )
 
 TESTS = Path(__file__).resolve().parent
@@ -91,36 +89,6 @@ def test_pbt_copies_weights_from_trial_to_trial(course, demo):
     assert not (run_dir / "checkpoints").exists() and (run_dir / "tune/pbt_global.txt").stat().st_size > 0
     assert log.count("finished   all epochs") == 2
     assert nothing_left(job_of(log))
-
-
-def saved(run_dir, number):
-    """The epochs' folders of a trial that are on the disk."""
-    return sorted(str(path) for path in run_dir.glob(f"checkpoints/*_{number:05d}/*/checkpoint-*"))
-
-
-def test_a_run_cut_short_goes_on_after_its_last_epoch_and_keeps_no_checkpoint_too_many(course, demo):
-    """Exercise 4's edit: no trial is stopped. One trial at a time, the signal of scancel in the second."""
-    edit(course, exercise(4))
-    variables = {"NUM_SAMPLES": "2", "NUM_EPOCHS": "6", "TRAIN_SAMPLES": "96", "EVAL_SAMPLES": "16", "LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "CHECKPOINTS": "1"}
-    variables |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": str(os.cpu_count())}
-    terminal = course / "terminal.txt"
-    with terminal.open("w") as file:
-        head = subprocess.Popen(["bash", HEAD], cwd=course, env=os.environ | variables, stdout=file, stderr=subprocess.STDOUT)
-    wait_for(lambda: "_00001  epoch 2/6" in terminal.read_text(), 240, "the second trial's second epoch")
-    head.terminate()
-    assert head.wait(60) == 143
-    run_dir = course / "runs" / job_of(terminal.read_text())
-    assert not saved(run_dir, 0) and 1 <= len(before := saved(run_dir, 1)) <= 3  # the last, one about to be removed, one not yet reported
-    with terminal.open("w") as file:
-        head = subprocess.Popen(["bash", HEAD], cwd=course, env=os.environ | {"RESUME": str(run_dir)}, stdout=file, stderr=subprocess.STDOUT)
-    wait_for(lambda: "_00001  epoch 5/6" in terminal.read_text(), 240, "the fifth epoch")
-    assert not set(before) & set(saved(run_dir, 1))
-    assert head.wait(60) == 0
-    log = terminal.read_text()
-    check_log(log, job_of(log))
-    epochs = [int(epoch) for epoch in re.findall(r"_00001  epoch (\d)/6", log)]
-    assert epochs[0] > 1 and epochs == list(range(epochs[0], 7)) and "_00000  started" not in log
-    assert not (run_dir / "checkpoints").exists()
 
 
 def proofs(log):
