@@ -84,7 +84,7 @@ ray_started() {                                        # a check for wait_until
 }
 
 end_ray() {                                            # it takes its time; end_owned ends what is left
-    disown "$RAY"
+    disown "$RAY" 2>/dev/null || true                  # it may have died before
     kill "$RAY" 2>/dev/null || true
 }
 
