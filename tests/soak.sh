@@ -1,7 +1,7 @@
 #!/bin/bash
 # Many small runs one after another on the sandbox, each with a fault drawn at random (fixed seed). Stops by itself.
 #
-#   bash tests/soak.sh            # 20 runs: about 20 minutes on 2 cores; not part of the tests
+#   bash tests/soak.sh            # 20 runs: half an hour on 2 cores; not part of the tests
 #   bash tests/soak.sh 5 7        # 5 runs with seed 7
 #
 # Prints a line for each run, then the sums. Exit status 0 only if no trial was lost and nothing was left.
