@@ -33,7 +33,10 @@ settings=$(python "$SEARCH" --get MODEL_NAME SQUAD_DATA)     # checks them all, 
 { mkdir -p "$FOLDER" && [[ -w $FOLDER ]]; } 2>/dev/null ||
     fail "FOLDER='$FOLDER': cannot be made or written to; give another one"
 exec 9>"$FOLDER/.lock"                                       # two at once take turns
-flock 9
+flock --nonblock 9 || {
+    echo "waiting for another prefetch.sh that fills $FOLDER, at most an hour" >&2
+    flock --wait 3600 9 || fail "FOLDER='$FOLDER': another prefetch.sh has been filling it for an hour; wait for its end, or end it"
+}
 paths=$(python "$REPO/scripts/prefetch.py" "$MODEL_NAME" "$SQUAD_DATA" "$FOLDER")
 { read -r MODEL_NAME; read -r SQUAD_DATA; } <<<"$paths"
 export MODEL_NAME SQUAD_DATA HF_HUB_OFFLINE=1

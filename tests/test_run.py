@@ -181,7 +181,7 @@ def test_a_worker_job_that_slurm_refuses_ends_the_run_with_the_reason(cluster, d
     wait_for(lambda: nothing_left(job), 10, "everything to be gone")
 
 
-@pytest.mark.parametrize("moment", ["START  :", "submitted worker", "worker 1/1 joined", "epoch 1/", "held its node"])
+@pytest.mark.parametrize("moment", ["START  :", "submitted worker", "worker 1/1 joined", "epoch 1/", "Best Trial Result", "held its node"])
 def test_cancelled_at_any_moment_nothing_is_left(cluster, demo, squad, moment):
     job = cluster.submit(**SPACE, **SMALL, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad), NUM_SAMPLES="1", NUM_EPOCHS="2")
     wait_for(lambda: moment in cluster.log(job) or "FINISH" in cluster.log(job), 240, f"{moment!r} in the log")
@@ -301,7 +301,7 @@ def test_trials_that_fail_are_listed_with_their_cause_and_the_run_fails_if_all_d
     assert len(re.findall(r"TorchTrainer_\S+  FAILED     \S*Error: .*[Hh]eader", log)) == 2
     assert "ERROR: 2 of 2 trials ran, 2 failed" in log and "Best Trial Result" not in log
     (trace, _) = re.findall(r"full trace: (\S+)\)", log)
-    assert "in train_loop_per_worker" in Path(trace).read_text() and "header too large" in Path(trace).read_text()
+    assert "in fine_tune" in Path(trace).read_text() and "header too large" in Path(trace).read_text()
     check_log(log, job_of(log))
     assert nothing_left(job_of(log))
 

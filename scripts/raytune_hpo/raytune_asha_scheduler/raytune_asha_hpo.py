@@ -690,8 +690,10 @@ def torch_trainer_of_the_trial():
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks import datasets, placement_group_callback
     from ray.train.v2._internal.execution.controller import TrainController
-    from ray.train.v2._internal.execution.worker_group import worker_group
+    from ray.train.v2._internal.execution.worker_group import poll, worker_group
     from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
+
+    poll.ERR_CHAR_LIMIT = 100_000  # of a trace, in error.txt; Ray cuts the middle out of one that is longer than 1,000
 
     class PlaceOfTheTrial(DefaultPlacementGroupHandle):
         def shutdown(self):
@@ -925,7 +927,10 @@ def search(s, run_dir):
     ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": QUIETER_AND_FASTER, "worker_process_setup_hook": import_ahead})
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's cause is told below, its trace is in error.txt
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # scancel: end at once, without the trace that Ray would print
-    while not (resources := ray.cluster_resources()).get("CPU"):  # the first worker is on its way; how long it may take, the head script says
+    deadline = time.monotonic() + s.WORKER_DEADLINE + 60  # the first worker is on its way; the head script waits, too, and gives up first
+    while not (resources := ray.cluster_resources()).get("CPU"):
+        if time.monotonic() > deadline:
+            raise InputError(f"WORKER_DEADLINE={s.WORKER_DEADLINE}: no worker has joined the Ray cluster at {address} in this many seconds")
         time.sleep(0.1)
     say(f"data: {len(data[0])} training and {len(data[1])} validation questions as tokens, from {s.SQUAD_DATA}")
     use_gpu = s.GPUS_PER_WORKER > 0 and resources.get("GPU", 0) > 0
