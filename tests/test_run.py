@@ -27,7 +27,6 @@ from conftest import (
     job_of,
     nothing_left,
     pids,
-    processes,
     quickstart,
     seconds_of,
     table_of,
@@ -152,26 +151,6 @@ def test_the_manual_grid_goes_on_after_three_interruptions_and_is_compared_with_
     assert cost[0] >= spent - 0.06 and float(rows[3][5]) == pytest.approx(cost[1] / cost[0], rel=0.05)  # the table rounds to 0.1
 
 
-def test_both_worker_nodes_run_trials_and_what_earlier_runs_left_has_no_effect(cluster, demo, squad):
-    latest = max((int(job) for job in re.findall(r"JobId=(\d+)", cluster("scontrol", "show", "job"))), default=0)
-    for job in range(latest + 1, latest + 4):  # a new sandbox counts its jobs from 1 again: folders of these ids are there
-        (cluster.folder / "runs" / str(job)).mkdir(parents=True)
-        (cluster.folder / "runs" / str(job) / "shutdown.txt").touch()
-        (cluster.folder / "runs" / str(job) / "address").write_text("127.0.0.1:1\n")
-    variables = SPACE | SMALL | {"WORKER_NODES": "2", "NUM_SAMPLES": "4", "NUM_EPOCHS": "2", "CPUS_PER_WORKER": "4"}
-    job = cluster.submit(**variables, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad))
-    workers = wait_for(lambda: len(w := cluster.workers(job)) == 2 and w, 60, "two workers")
-    wait_for(lambda: all(any("RayTrainWorker" in p for p in processes(worker)) for worker in workers), 240, "training on both nodes")
-    assert cluster.wait_for_end(job, 600)["JobState"] == "COMPLETED", cluster.log(job)
-    log = cluster.log(job)
-    check_log(log, job)
-    run_dir = Path(re.search(r"run folder (.*)", log)[1])
-    assert run_dir.name.startswith(f"{job}-")
-    check_results(log, run_dir, trials=4, epochs=2)
-    assert "worker 2/2 joined" in log
-    wait_for(lambda: nothing_left(job, *workers), 10, "everything to be gone")
-
-
 def test_a_worker_job_that_slurm_refuses_ends_the_run_with_the_reason(cluster, demo):
     worker = cluster.folder / "worker_node_raytune_asha_hpo.slurm"
     worker.write_text(worker.read_text().replace("--constraint=v100", "--constraint=h100"))
@@ -264,7 +243,7 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
 
 def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(course, demo):
     """Trials that ASHA stops are freed by a helper that must find its own Ray among two on this machine."""
-    environ = os.environ | SPACE | SMALL | {"NUM_SAMPLES": "3", "NUM_EPOCHS": "2", "CPUS_PER_WORKER": "1"}
+    environ = os.environ | SPACE | SMALL | {"NUM_SAMPLES": "3", "NUM_EPOCHS": "2", "WORKERS_PER_TRIAL": "1"}
     environ |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
     runs = [subprocess.Popen(["bash", HEAD], cwd=course, env=environ, text=True, stdout=subprocess.PIPE) for _ in range(2)]
     logs = [run.communicate(timeout=600)[0] for run in runs]
@@ -281,7 +260,7 @@ def test_a_hyperparameter_added_in_one_line_takes_effect_and_a_misspelt_one_is_r
     line = '            "wd": tune.choice(s.WD_CHOICES),'
     text = script.read_text()
     assert text.count(line) == 1
-    variables = SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "NUM_SAMPLES": "2", "NUM_EPOCHS": "1"}
+    variables = SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "NUM_SAMPLES": "2", "NUM_EPOCHS": "1", "WORKERS_PER_TRIAL": "1"}
     script.write_text(text.replace(line, '            "warmup_rate": tune.uniform(0.1, 0.5),\n' + line))
     status, log = quickstart(course, **variables)
     assert status == 2 and "ERROR: search space: 'warmup_rate'" in log and not (course / "runs").exists()
@@ -296,7 +275,7 @@ def test_a_hyperparameter_added_in_one_line_takes_effect_and_a_misspelt_one_is_r
 def test_trials_that_fail_are_listed_with_their_cause_and_the_run_fails_if_all_do(course, demo, tmp_path):
     model = shutil.copytree(demo / "model", tmp_path / "model")
     (model / "model.safetensors").write_bytes(b"not a model" * 1000)
-    status, log = quickstart(course, **SPACE, **SMALL, MODEL_NAME=str(model), SQUAD_DATA=str(demo / "squad"), NUM_SAMPLES="2")
+    status, log = quickstart(course, **SPACE, **SMALL, MODEL_NAME=str(model), SQUAD_DATA=str(demo / "squad"), NUM_SAMPLES="2", WORKERS_PER_TRIAL="1")
     assert status == 1
     assert len(re.findall(r"TorchTrainer_\S+  FAILED     \S*Error: .*[Hh]eader", log)) == 2
     assert "ERROR: 2 of 2 trials ran, 2 failed" in log and "Best Trial Result" not in log
@@ -314,7 +293,7 @@ def test_a_trial_that_diverges_ends_at_once_and_the_others_go_on(course, demo):
     assert text.count(line) == 1
     script.write_text(text.replace(line, '            "lr": tune.grid_search([math.inf, 1e-2]),'))
     (script.parents[1] / "fill_tables.py").write_text("raise SystemExit('no tables today')\n")  # costs a line, not the run
-    variables = SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "NUM_SAMPLES": "1", "NUM_EPOCHS": "2"}
+    variables = SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "NUM_SAMPLES": "1", "NUM_EPOCHS": "2", "WORKERS_PER_TRIAL": "1"}
     status, log = quickstart(course, **variables)
     assert status == 0
     assert len(re.findall(r"TorchTrainer_\S+  ended      diverged at epoch 1", log)) == 1
