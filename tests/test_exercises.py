@@ -107,7 +107,7 @@ def test_more_trials_for_the_same_budget(done):
 
 def test_a_second_worker_joins_and_the_first_is_killed(slurm, course, demo):
     """One trial a node, long enough for all this to happen."""
-    student = Student(slurm, course, demo, CPUS_PER_WORKER="16", NUM_EPOCHS="12", TRAIN_SAMPLES="160", NUM_SAMPLES="3")
+    student = Student(slurm, course, demo, CPUS_PER_WORKER="16", NUM_EPOCHS="6", TRAIN_SAMPLES="160", NUM_SAMPLES="3")
     (block,) = fenced(exercise(5), "bash")
     added = re.search(r"Submitted batch job (\d+)", student.types(block))[1]
     job = student.shell["job"]

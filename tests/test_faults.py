@@ -1,6 +1,7 @@
 """What a cluster does to a run: nodes, processes and jobs end at any moment. Real signals on real Slurm, Ray and training."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from conftest import (
     SCRIPT,
     SMALL,
     SPACE,
+    best_of,
     check_log,
     command_of,
     job_of,
@@ -50,7 +52,7 @@ def test_of_two_worker_nodes_one_is_lost_and_what_earlier_runs_left_has_no_effec
         (cluster.folder / "runs" / str(job) / "shutdown.txt").touch()
         (cluster.folder / "runs" / str(job) / "address").write_text("127.0.0.1:1\n")
     # One trial at a time on a node, long enough that the second node joins before the first has done them all.
-    job = cluster.submit(**demo_run(demo, WORKER_NODES="2", NUM_SAMPLES="3", NUM_EPOCHS="4", TRAIN_SAMPLES="400", CPUS_PER_WORKER="8"))
+    job = cluster.submit(**demo_run(demo, WORKER_NODES="2", NUM_SAMPLES="3", NUM_EPOCHS="2", TRAIN_SAMPLES="400", CPUS_PER_WORKER="8"))
     first, second = wait_for(lambda: len(w := cluster.workers(job)) == 2 and w, 60, "two workers")
     wait_for(lambda: all(processes_with("RayTrainWorker", f" worker {worker}") for worker in (first, second)), 240, "training on both nodes")
     cluster("scancel", first)
@@ -70,7 +72,7 @@ def test_of_two_worker_nodes_one_is_lost_and_what_earlier_runs_left_has_no_effec
 
 def test_the_only_worker_is_replaced_when_its_ray_dies(cluster, demo):
     """kill -9 of its raylet. With checkpoints the trial goes on after its last epoch."""
-    job = cluster.submit(**demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="4", CHECKPOINTS="1", TRAIN_SAMPLES="200", **BUSY))
+    job = cluster.submit(**demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="4", CHECKPOINTS="1", TRAIN_SAMPLES="200", WORKERS_PER_TRIAL="1", **BUSY))
     wait_for(lambda: "epoch 2/4" in cluster.log(job), 240, "the second epoch")
     (worker,) = cluster.workers(job)
     for pid in processes_with("raylet/raylet", f" worker {worker}"):
@@ -144,7 +146,7 @@ def test_workers_that_stay_pending_are_waited_for_until_the_deadline(cluster, de
 
 
 def test_without_its_only_worker_a_run_ends_at_the_deadline_and_can_be_continued(cluster, demo):
-    job = cluster.submit(**demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="2", WORKER_DEADLINE="20", **BUSY))
+    job = cluster.submit(**demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="2", WORKER_DEADLINE="10", WORKERS_PER_TRIAL="1", **BUSY))
     wait_for(lambda: "epoch 1/" in cluster.log(job) or "  started" in cluster.log(job), 120, "the trial")
     for node in ("worker1", "worker2"):  # as if the cluster had no more nodes
         cluster("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
@@ -156,7 +158,7 @@ def test_without_its_only_worker_a_run_ends_at_the_deadline_and_can_be_continued
         for node in ("worker1", "worker2"):
             cluster("scontrol", "update", f"NodeName={node}", "State=RESUME")
     log = cluster.log(job)
-    assert "waited 20 s (WORKER_DEADLINE) for another worker; giving up" in log and f"continue with: RESUME=runs/{job} sbatch {HEAD}" in log
+    assert "waited 10 s (WORKER_DEADLINE) for another worker; giving up" in log and f"continue with: RESUME=runs/{job} sbatch {HEAD}" in log
     again = cluster.submit(RESUME=f"runs/{job}", WORKER_DEADLINE="600")
     assert cluster.wait_for_end(again, 240)["JobState"] == "COMPLETED", cluster.log(again)
     assert "continues the run in" in cluster.log(again) and len(table_of(cluster.log(again))) == 1
@@ -230,11 +232,12 @@ def test_near_its_time_limit_a_run_ends_in_order_and_goes_on_later(cluster, demo
     nothing_is_left(cluster, again)
 
 
-def test_trials_that_raise_or_run_out_of_memory_fail_alone(course, demo):
-    """In the rungs only the losses of the others count. An allocation that no machine can serve; a batch size of 0."""
+def test_trials_that_diverge_raise_or_run_out_of_memory_end_alone(course, demo):
+    """In the rungs only the losses of the others count. An infinite rate; a batch size of 0; an allocation that no machine can serve."""
     script = course.parents[3] / SCRIPT.relative_to(REPO)
     text = script.read_text()
-    for old, new in (('"per_device_bs": tune.choice(s.BS_CHOICES)', '"per_device_bs": tune.grid_search([0, 7, 2, 4])'),
+    for old, new in (('"per_device_bs": tune.choice(s.BS_CHOICES)', '"per_device_bs": tune.grid_search([0, 7, 8, 2, 4])'),
+                     ('tune.loguniform(s.LR_LOWER, s.LR_UPPER)', 'tune.sample_from(lambda spec: math.inf if spec.config["train_loop_config"]["per_device_bs"] == 8 else 1e-2)'),
                      ("    train_rows, eval_rows = ray.get(", '    config["hyperparameters"]["per_device_bs"] == 7 and torch.empty(1 << 55)\n    train_rows, eval_rows = ray.get(')):
         assert text.count(old) == 1
         text = text.replace(old, new)
@@ -246,8 +249,12 @@ def test_trials_that_raise_or_run_out_of_memory_fail_alone(course, demo):
     tables = (run_dir / "tables.md").read_text()
     for number, cause in ((0, r"\S*Error: .*"), (1, r"RuntimeError: .*can't allocate memory.*")):
         assert re.search(rf"_{number:05d}  FAILED     {cause}", log) and re.search(rf"combo {number} \(TorchTrainer_\S+\): FAILED: {cause}", tables), log
-    assert sorted(row["status"] for row in table_of(log)) == ["ERROR", "ERROR", "TERMINATED", "TERMINATED"]
-    assert {json.loads(line)["trial_id"][-5:] for line in (run_dir / "reports.jsonl").read_text().splitlines()} == {"00002", "00003"}
+    assert len(re.findall(r"_00002  ended      diverged at epoch 1$", log, re.MULTILINE)) == 1 and not re.search("_00002  epoch 2", log)
+    assert len(re.findall(r"_0000[34]  finished   all epochs", log)) >= 1
+    assert sorted(row["status"] for row in table_of(log)) == ["ERROR", "ERROR", "TERMINATED", "TERMINATED", "TERMINATED"]
+    judged = map(json.loads, (run_dir / "reports.jsonl").read_text().splitlines())
+    assert {row["trial_id"][-5:] for row in judged if math.isfinite(row["eval_loss"])} == {"00003", "00004"}
+    assert math.isfinite(best_of(log)["eval_loss"]) and best_of(log)["config"]["train_loop_config"]["per_device_bs"] in (2, 4)
     assert nothing_left(job_of(log))
 
 
@@ -297,7 +304,7 @@ def test_a_training_process_that_is_killed_fails_its_trial_alone(course, demo):
     """As the kernel does when memory runs out."""
     terminal = course / "terminal.txt"
     with terminal.open("w") as file:
-        head = subprocess.Popen(["bash", HEAD], cwd=course, env=os.environ | demo_run(demo, NUM_SAMPLES="2", NUM_EPOCHS="20", TRAIN_SAMPLES="160"), stdout=file, stderr=subprocess.STDOUT)
+        head = subprocess.Popen(["bash", HEAD], cwd=course, env=os.environ | demo_run(demo, NUM_SAMPLES="2", NUM_EPOCHS="6", TRAIN_SAMPLES="160"), stdout=file, stderr=subprocess.STDOUT)
     wait_for(lambda: "epoch 1/" in terminal.read_text(), 120, "the first trial's first epoch")
     job = job_of(terminal.read_text())
     trainer, *_ = processes_with("RayTrainWorker", f" head {job}")

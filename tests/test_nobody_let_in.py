@@ -49,7 +49,8 @@ def running(demo, tmp_path_factory):
         if str(folder).startswith("/tmp/"):
             folder.chmod(folder.stat().st_mode | 0o055)
     log = course / "terminal.txt"
-    environ = os.environ | SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+    # One long trial, so that no process comes or goes meanwhile.
+    environ = os.environ | SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "NUM_SAMPLES": "1", "NUM_EPOCHS": "10000"}
     with log.open("w") as output:
         head = subprocess.Popen(["bash", "-c", f"umask 000; exec bash {HEAD}"], cwd=course, env=environ, stdout=output, stderr=subprocess.STDOUT)
     try:
@@ -66,6 +67,7 @@ def running(demo, tmp_path_factory):
 def probe(what, running, stranger):
     run_dir, ray_tmp, _ = running
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "HPO_"))} | {"HOME": "/nonexistent"}
+    environ["RAY_NUM_REDIS_GET_RETRIES"] = "2"  # tries, a second each, before Ray gives up
     if not stranger:
         environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(run_dir / "token")}
     command = [sys.executable, "-c", PROBE, what, (run_dir / "address").read_text().strip(), str(run_dir), str(ray_tmp), "yes" if stranger else "no"]
