@@ -203,7 +203,7 @@ def many_nodes(folder, steps):
     course, workers = course_of_cheap_trials(folder, at_once=0, seconds=3600), []
     run = ARun(course, settings(course, trials=4 * max(steps), epochs=1))
     try:
-        wait_for(lambda: "cluster: " in run.log(), 120, f"the search to start; log:\n{run.log()}")
+        wait_for(lambda: (run.folder() / "address").exists(), 120, "the Ray head")
         for wanted in [*steps, *reversed([0, *steps[:-1]])]:
             began, change = time.monotonic(), wanted - len(workers)
             for _ in range(change):
@@ -229,7 +229,7 @@ def many_nodes(folder, steps):
 
 
 def show(value):
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def main():
