@@ -192,7 +192,7 @@ trap 'end_owned; exit' EXIT TERM
 choose_python
 prepare_ray
 start_ray --address="$(<"$RUN_DIR/address")" --num-cpus=1 --num-gpus=0
-wait_until 240 "Ray to join" ray_started
+wait_until 240 "Ray to join" ray_started >&2                   # the line that it writes after 10 s is not for the other end
 echo joined
 while kill -0 "$RAY" 2>/dev/null && read -r -t 1 _ || (($? > 128)); do :; done     # until the other end is closed
 '''
