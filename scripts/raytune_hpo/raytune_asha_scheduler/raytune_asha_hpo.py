@@ -16,6 +16,7 @@ right? nothing is started), and with --run-dir DIR (the search itself, on the Ra
 
 import argparse
 import difflib
+import gc
 import itertools
 import json
 import logging
@@ -533,7 +534,7 @@ def train_loop_per_worker(config):
         def on_step_end(self, args, state, control, **kwargs):
             if config["successors"] and ray.train.get_context().get_world_rank() == 0:
                 own_kind = ray.get_runtime_context().get_runtime_env_string()
-                start_successors({config["successors"]: 2, own_kind: config["settings"].WORKERS_PER_TRIAL})
+                start_successors({config["successors"]: 1, own_kind: config["settings"].WORKERS_PER_TRIAL})
                 config["successors"] = None  # once
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -558,11 +559,14 @@ def resources_per_worker(s, use_gpu):
 def import_ahead():
     """Runs at the start of each process that Ray makes for trials, before it is given its part: imports, which take seconds."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CUDA must not wake up before Ray has said which GPU is this process's
+    gc.disable()  # Python looks for garbage again and again while imports make objects, none of which is: a fifth of the time
     import ray.train.torch  # noqa: F401
 
     if os.environ.get("HPO_TRAINS"):
         import deepspeed  # noqa: F401
         from transformers import Trainer  # noqa: F401
+    gc.freeze()  # nor later: to look there took half of the time in which the demo's model trains
+    gc.enable()
 
 
 def start_successors(wanted):
@@ -610,7 +614,7 @@ def run_trial(config, settings, data, use_gpu, run_dir, slots):
             "hyperparameters": config["train_loop_config"],
             "settings": settings,
             "data": data[0],
-            # Of this process and of Ray Train's helper; of the last trials, as many as run at once, there are none.
+            # Of this process; of the last trials, as many as run at once, there are none.
             "successors": number + slots < settings.NUM_SAMPLES and ray.get_runtime_context().get_runtime_env_string(),
             **checkpoints_of_this_start(settings, run_dir),
         },
@@ -680,9 +684,10 @@ def place_of_a_trial(s, use_gpu):
 def torch_trainer_of_the_trial():
     """A TorchTrainer that leads its workers from the trial's own process, in the place that Tune has reserved for it.
 
-    Ray's own reserves a second place, and starts four more processes for each trial: to lead, to pass on reports, to hand
-    out Ray Data, to free the place of a stopped trial. Each loads Ray Train anew, one waits for the other, and what they
-    reserve outlives a process that is killed. Here all goes with the trial. (It reaches into Ray 2.60: see requirements.txt.)
+    Ray's own reserves a second place, and starts five more processes for each trial: to lead, to pass on reports, to hand
+    out Ray Data, to free the place of a stopped trial, to agree on the name of a checkpoint. Each loads Ray Train anew, one
+    waits for the other, and what they reserve outlives a process that is killed. Here all goes with the trial. (It reaches
+    into Ray 2.60: see requirements.txt.)
     """
     import asyncio
 
@@ -690,10 +695,16 @@ def torch_trainer_of_the_trial():
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks import datasets, placement_group_callback
     from ray.train.v2._internal.execution.controller import TrainController
-    from ray.train.v2._internal.execution.worker_group import poll, worker_group
+    from ray.train.v2._internal.execution.worker_group import poll, state, worker_group
     from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 
     poll.ERR_CHAR_LIMIT = 100_000  # of a trace, in error.txt; Ray cuts the middle out of one that is longer than 1,000
+
+    # At a report Ray's workers wait for each other in one more process, and agree there on the name of a checkpoint's folder.
+    # Ours hand no checkpoint to Ray (see NAME_FILE), and wait for each other in each step: each may have its own name.
+    own_name = SimpleNamespace(broadcast_from_rank_zero=SimpleNamespace(remote=lambda data, **_: ray.put(data)))
+    worker_group.SynchronizationActor = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda **_: own_name))
+    state._shutdown_sync_actor = lambda _: None
 
     class PlaceOfTheTrial(DefaultPlacementGroupHandle):
         def shutdown(self):
@@ -712,6 +723,8 @@ def torch_trainer_of_the_trial():
             return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, not_needed)]
 
         def _initialize_and_run_controller(self, **parts):
+            policy = parts["scaling_policy"]  # asks an autoscaler for nodes, through one more process; here Slurm gives them
+            policy._send_resource_request = policy._maybe_send_resource_request = policy._cancel_resource_request = lambda: None
             controller = Controller(**parts)
             asyncio.run(controller.run())
             return controller.get_result()
