@@ -192,17 +192,33 @@ def draw_learning_rate(run, axes):
 # ======================================================================================================================
 # report.html
 # ======================================================================================================================
+def share_explained(losses, group):
+    """How much of the variance of the losses' ranks lies between the groups, and p: how often chance gives as much.
+
+    losses: [n], equal ones share a rank. group: [n] of 0, 1, ... -> (share, p). (n - 1) * share is H of the Kruskal-Wallis test,
+    but p is counted in 2,000 shuffles of the losses: the usual formula for it holds for many trials only.
+    """
+    import numpy
+
+    _, place, number = numpy.unique(losses, return_inverse=True, return_counts=True)
+    ranks = (numpy.cumsum(number) - number / 2)[place]
+    ranks -= ranks.mean()
+    members = numpy.equal.outer(group, numpy.unique(group))
+    rows = numpy.random.default_rng(0).permuted(numpy.tile(ranks, (2001, 1)), axis=1)
+    rows[0] = ranks
+    shares = ((rows @ members) ** 2 / members.sum(axis=0)).sum(axis=1) / (ranks**2).sum()
+    return float(shares[0]), float((shares >= shares[0] - 1e-9).mean())
+
+
 def what_mattered(run):
     """Do trials with different values of a hyperparameter differ in loss? -> (rows, number of trials, epoch compared at)
 
     All trials are compared at the first epoch, which all have trained. A row for each hyperparameter: name, groups
     [(values, number of trials, median loss)], share of the variance of the losses' ranks that lies between the groups,
-    the share that chance gives on average, and p of the Kruskal-Wallis test: H = (n - 1) * share. A group is a value; of
-    a hyperparameter with many values a third of the trials, sorted by it, so that a best value in the middle shows too.
-    A diverged trial counts as the worst. Needs 5 trials; else no rows.
+    the share that chance gives on average, and p (see share_explained). A group is a value; of a hyperparameter with many
+    values a third of the trials, sorted by it, so that a best value in the middle shows too. A diverged trial counts as the
+    worst. Needs 5 trials; else no rows.
     """
-    from scipy.stats import kruskal
-
     first = [(t, min(t.reports)) for t in run.trials.values() if t.reports and t.status != "FAILED"]
     epoch = min((epoch for _, (epoch, _) in first), default=1)
     first = [(t, loss if math.isfinite(loss) else math.inf) for t, (e, loss) in first if e == epoch or not math.isfinite(loss)]
@@ -221,10 +237,10 @@ def what_mattered(run):
         members = [[pair for pair, g in zip(pairs, group) if g == wanted] for wanted in range(max(group) + 1)]
         if not 2 <= len(members) <= n / 2:
             continue
-        h, p = kruskal(*([loss for _, loss in pairs] for pairs in members))
+        share, p = share_explained([loss for _, loss in pairs], group)
         summary = [(" .. ".join(dict.fromkeys(f"{v:.3g}" if isinstance(v, float) else show(v) for v in (min(m)[0], max(m)[0]))), len(m), median(loss for _, loss in m))
                    for m in members]
-        rows.append((name, summary, float(h) / (n - 1), (len(members) - 1) / (n - 1), float(p)))
+        rows.append((name, summary, share, (len(members) - 1) / (n - 1), p))
     return sorted(rows, key=lambda row: row[-1]), n, epoch
 
 
@@ -314,13 +330,13 @@ def report(run, tables, images):
     body.append("<h2>Which hyperparameter mattered</h2>")
     if rows:
         shown = [[TITLES.get(name, name), "; ".join(f"{values}: {loss:.4g} ({count})" for values, count, loss in groups),
-                  f"{100 * share:.0f} %", f"{100 * chance:.0f} %", f"{p:.3f}"] for name, groups, share, chance, p in rows]
+                  f"{100 * share:.0f} %", f"{100 * chance:.0f} %", f"{p:.3f}" if p >= 0.001 else "< 0.001"] for name, groups, share, chance, p in rows]
         body.append(table(["hyperparameter", "values: median eval loss (trials)", "share explained", "by chance", "p"], shown))
         body.append(
             f"<p>Each hyperparameter on its own, {n} trials, all compared at epoch {epoch:g}, which all have trained. Share "
             "explained: how much of the variance of the losses' ranks lies between the groups; by chance: what groups of this "
-            "number give on average if the hyperparameter does nothing; p: of the Kruskal-Wallis test, how often chance "
-            "gives as much.</p>"
+            "number give on average if the hyperparameter does nothing; p: how often chance gives as much, in "
+            "2,000 shuffles of the losses (a permutation test).</p>"
             f"<p>{f'{n} trials are weak evidence. ' if n < 50 else ''}A p above 0.05 means: not shown to matter, which is not "
             "the same as does not matter. And what matters at an early epoch need not matter at the last.</p>")
     else:

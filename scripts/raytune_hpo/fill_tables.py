@@ -8,7 +8,7 @@
 
 An input is the log of a head job (running, cancelled or complete), its run folder, or the log of the manual grid. The
 log alone is enough. From a run folder the values have all their digits. The tables need the standard library only;
---plots needs matplotlib, plotly and scipy. Reading is read_run.py, pictures and report are draw_report.py.
+--plots needs matplotlib and plotly. Reading is read_run.py, pictures and report are draw_report.py.
 
 Exit status: 0, or 2 if an input is no such log (one line says which and why; the others are still printed).
 """
