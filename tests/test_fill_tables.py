@@ -498,6 +498,17 @@ def test_slots_hold_one_trial_at_a_time():
     assert since == [5, 5, 50] and [bar[0] for bar in bars] == [0, 1, 0, 1, 2] and bars[4][3] == 100
 
 
+@pytest.mark.parametrize(("losses", "share", "p"), [
+    ([1, 2, 3, 4], 0.8, 1 / 3),  # by hand: ranks -1.5 .. 1.5 around their mean, sums of the groups -2 and 2; two of six ways to split them
+    ([1, 2, 2, 3], 0.5, 2 / 3),  # equal losses share a rank: -1.5, 0, 0, 1.5; four of the six
+    ([1, 4, 2, 3], 0.0, 1),
+    ([1, 1, 2, math.inf], 0.889, 1 / 3),
+])  # fmt: skip
+def test_share_explained_by_two_groups_of_two(losses, share, p):
+    found = draw_report.share_explained(losses, [0, 0, 1, 1])
+    assert found == (pytest.approx(share, abs=1e-3), pytest.approx(p, abs=0.05))
+
+
 def test_what_mattered_finds_it_and_does_not_find_what_is_not_there():
     run = read_run.Run("x")
     for i in range(24):  # the best learning rate lies in the middle; a third hyperparameter does nothing

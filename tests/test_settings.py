@@ -41,6 +41,21 @@ def test_a_search_without_a_cluster_says_how_to_start_one(demo, tmp_path):
     assert run.stderr.startswith("ERROR: RAY_ADDRESS is not set") and run.stderr.count("\n") == 1
 
 
+def test_a_trials_own_process_has_imported_all_it_needs_and_no_pytorch():
+    """What it has not imported ahead, the GPUs of the next trial wait for; PyTorch costs a second and 200 MB, for each trial."""
+    code = """
+import sys, bloom_hpo_manual
+hpo = bloom_hpo_manual.load_search_script()
+hpo.import_ahead()
+ahead = set(sys.modules)
+hpo.trainer_of_the_trial()
+print("torch" in sys.modules, "ray.tune" in ahead, sorted(set(sys.modules) - ahead))
+"""
+    environ = os.environ | {"PYTHONPATH": str(REPO / "scripts/manual_hpo")}
+    run = subprocess.run([sys.executable, "-c", code], env=environ, text=True, check=True, capture_output=True, timeout=60)
+    assert run.stdout.split("\n")[-2] == "False True []"
+
+
 @pytest.mark.parametrize("W, Cw, Gw, Csys, Cnode, Gnode, T", [
     (2, 2, 1, 2, 20, 8, 4), (2, 2, 1, 2, 17, 8, 3), (2, 2, 1, 2, 64, 4, 2), (2, 2, 0, 2, 20, 0, 4), (2, 2, 1, 2, 20, 1, 0),
     (4, 8, 1, 2, 20, 8, 0), (1, 1, 0, 2, 1, 0, 0), (1, 1, 1, 0, 1, 1, 1)])

@@ -526,10 +526,10 @@ def train_loop_per_worker(config):
 
     # torch has asked the machine at its import. A sandbox's node can have fewer CPUs than Slurm has been told.
     torch.set_num_threads(min(config["settings"].CPUS_PER_WORKER, len(os.sched_getaffinity(0))))
-    if ray.get_gpu_ids() and not torch.cuda.is_available():
-        raise RuntimeError("this worker was given a GPU, but PyTorch cannot use it; check with: python -c 'import torch; torch.zeros(1).cuda()'")
     if ray.get_gpu_ids():
-        torch.cuda.set_device(get_device())
+        if not torch.cuda.is_available():
+            raise RuntimeError("this worker was given a GPU, but PyTorch cannot use it; check with: python -c 'import torch; torch.zeros(1).cuda()'")
+        torch.cuda.set_device(get_device())  # its own; it sees those of all workers of the trial (share_cuda_visible_devices)
 
     class TuneReportCallback(TrainerCallback):
         """After each evaluation one report, so Tune's training_iteration is the epoch and ASHA's rungs are epochs."""
@@ -568,7 +568,9 @@ def import_ahead():
         import ray.train.torch
         from transformers import Trainer  # noqa: F401
     else:  # a trial's own process, which trains nothing
-        import ray.train  # noqa: F401
+        import ray.tune  # noqa: F401
+
+        trainer_of_the_trial()  # for its imports
     gc.freeze()  # nor later: to look there took half of the time in which the demo's model trains
     gc.enable()
 
