@@ -336,14 +336,20 @@ def run_trial(config, s, data, train_loop, worker):
 # ==========================================================================================================
 # Search
 # ==========================================================================================================
+# The one seam: modules beside this file that change the plan of a search before it starts. Each may be deleted; its
+# first line says what is lost then.
+NEIGHBOURS = ["fast_trials", "run_state", "trial_log"]
+
+
 def say(text):
     """One line of the log, with time and role."""
     print(f"{time.strftime('%H:%M:%S')} search | {text}", flush=True)
 
 
-def search(s, run_dir, chosen=None, train_loop=train_loop_per_worker):
-    """Runs all trials and prints the best result. chosen: another scheduler. -> exit status: 0 if no trial is missing."""
+def search(s, run_dir):
+    """Runs all trials and prints the best result. -> exit status"""
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the boxed table of trials
+    run_dir.mkdir(parents=True, exist_ok=True)
     rows = load_squad(s)
     address = os.environ.get("RAY_ADDRESS", "auto")
     # With two Rays on a node, Ray Train's helper processes must know which of them is theirs.
@@ -363,16 +369,17 @@ def search(s, run_dir, chosen=None, train_loop=train_loop_per_worker):
     say(f"cluster: {slots} trial(s) at once, {s.WORKERS_PER_TRIAL} workers each, on {'GPUs' if use_gpu else 'CPUs'}")
 
     worker = {"CPU": s.CPUS_PER_WORKER, **({"GPU": s.GPUS_PER_WORKER} if use_gpu else {})}
-    trial = tune.with_parameters(run_trial, s=s, data=[data], train_loop=train_loop, worker=worker)
+    trial = tune.with_parameters(run_trial, s=s, data=[data], train_loop=train_loop_per_worker, worker=worker)
     plan = SimpleNamespace(
         make_tuner=tune.Tuner,
         trainable=tune.with_resources(trial, {"trial_slot": 1}),
         param_space=search_space(s),
         tune_config=tune.TuneConfig(
             num_samples=s.NUM_SAMPLES,
-            scheduler=chosen or scheduler(s),
+            scheduler=scheduler(s),
             search_alg=sampler(s),
             trial_name_creator=lambda trial: f"TorchTrainer_{trial.trial_id}",
+            trial_dirname_creator=str,
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -381,10 +388,9 @@ def search(s, run_dir, chosen=None, train_loop=train_loop_per_worker):
             callbacks=[],
             verbose=1,
         ),
-        context=SimpleNamespace(s=s, run_dir=run_dir, data=data, slots=slots, train_loop=train_loop, worker=worker),
+        context=SimpleNamespace(s=s, run_dir=run_dir, data=data, train_loop=train_loop_per_worker, worker=worker),
     )
-    # The one seam: three modules beside this file change the plan. Each is optional; its first line says what for.
-    for name in ("fast_trials", "run_state", "trial_log"):
+    for name in NEIGHBOURS:
         if importlib.util.find_spec(name):
             importlib.import_module(name).improve(plan)
     tuner = plan.make_tuner(
