@@ -16,7 +16,7 @@ The head script starts Ray, then runs this file. Without the head script, in any
 
 import argparse
 import functools
-import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -312,12 +312,12 @@ def train_loop_per_worker(config):
     fine_tune(config, s, *ray.get(data), callbacks=[TuneReportCallback()])
 
 
-def run_trial(config, s, data, train_loop, worker):
+def run_trial(config, s, data, worker):
     """One trial: Ray Train starts W workers, and passes on what they report. Tune may end it at any report."""
     from ray.train.torch import TorchTrainer
 
     TorchTrainer(
-        train_loop,
+        train_loop_per_worker,
         train_loop_config=config["train_loop_config"] | {"settings": s, "data": data[0], "report": train.report},
         scaling_config=train.ScalingConfig(
             num_workers=s.WORKERS_PER_TRIAL,
@@ -369,7 +369,7 @@ def search(s, run_dir):
     say(f"cluster: {slots} trial(s) at once, {s.WORKERS_PER_TRIAL} workers each, on {'GPUs' if use_gpu else 'CPUs'}")
 
     worker = {"CPU": s.CPUS_PER_WORKER, **({"GPU": s.GPUS_PER_WORKER} if use_gpu else {})}
-    trial = tune.with_parameters(run_trial, s=s, data=[data], train_loop=train_loop_per_worker, worker=worker)
+    trial = tune.with_parameters(run_trial, s=s, data=[data], worker=worker)
     plan = SimpleNamespace(
         make_tuner=tune.Tuner,
         trainable=tune.with_resources(trial, {"trial_slot": 1}),
