@@ -25,12 +25,12 @@ JOIN_SECONDS = 600  # for the W processes to import what they need and find one 
 GRACE_SECONDS = 2  # after the first failure, for the one that caused it
 
 
-def improve(plan):
-    """Replaces the plan's trial by a warm one."""
+def improve(plan, trial_class=None):
+    """Replaces the plan's trial by a warm one, of a class of its own in raytune_pbt_hpo.py."""
     context = plan.context
     place = [{"trial_slot": 1}, *[context.worker] * context.s.WORKERS_PER_TRIAL]
     plan.trainable = tune.with_resources(
-        tune.with_parameters(WarmTrial, context=context), tune.PlacementGroupFactory(place, strategy="STRICT_PACK")
+        tune.with_parameters(trial_class or WarmTrial, context=context), tune.PlacementGroupFactory(place, strategy="STRICT_PACK")
     )
     plan.tune_config.reuse_actors = True
     plan.run_config.checkpoint_config = tune.CheckpointConfig(checkpoint_at_end=False)
@@ -72,9 +72,10 @@ class WarmTrial(tune.Trainable):
             address = ray.get(self.processes[0].open_store.remote(), timeout=JOIN_SECONDS)
             self.of_all("join", address)
         self.diverged, self.started = False, True
-        context = self.context
-        config = self.config["train_loop_config"] | {"settings": context.s, "data": context.data}
-        self.of_all("start", context.train_loop, config)
+        self.of_all("start", self.context.train_loop, self.loop_config())
+
+    def loop_config(self):
+        return self.config["train_loop_config"] | {"settings": self.context.s, "data": self.context.data}
 
     def new_processes(self):
         place, worker = ray.util.get_current_placement_group(), self.context.worker

@@ -221,11 +221,10 @@ def mean_loss(prediction):
     return {"loss": loss_sum / tokens}  # the Trainer names it eval_loss
 
 
-def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), trainer_class=None, start_from=None, **more):
+def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
     """Trains one configuration for NUM_EPOCHS epochs and evaluates after each; `callbacks` receive the losses.
 
-    Runs in every process of a data-parallel group, or in a single process. trainer_class, start_from (a
-    checkpoint's folder) and more (fields of TrainingArguments) are for raytune_pbt_hpo.py.
+    Runs in every process of a data-parallel group, or in a single process.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
@@ -258,7 +257,7 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), trainer_c
             "remove_unused_columns": False,
             "dataloader_pin_memory": gpu,
         }
-        arguments |= more | {TRAINING_ARGUMENT.get(name, name): value for name, value in hyperparameters.items()}
+        arguments |= {TRAINING_ARGUMENT.get(name, name): value for name, value in hyperparameters.items()}
         # ZeRO-3 splits the model while it is loaded: TrainingArguments and the process group come before the model.
         training_arguments = TrainingArguments(**arguments)
         if ds_config and not gpu:
@@ -270,7 +269,7 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), trainer_c
         tokenizer = AutoTokenizer.from_pretrained(s.MODEL_NAME, trust_remote_code=False)
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         trim_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        trainer = (trainer_class or answer_loss_trainer())(
+        trainer = answer_loss_trainer()(
             model=model,
             args=training_arguments,
             train_dataset=train_rows,
@@ -281,7 +280,7 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), trainer_c
         )
         trainer.remove_callback(PrinterCallback)
         try:
-            trainer.train(resume_from_checkpoint=start_from)
+            trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
         finally:  # else a DeepSpeed engine, with its model, lives as long as the process
             if hasattr(trainer.model_wrapped, "destroy"):
                 trainer.model_wrapped.destroy()
@@ -309,7 +308,8 @@ def train_loop_per_worker(config):
             # An infinite loss is reported as NaN, too: Tune then ends the trial, and no rung counts it.
             report({"eval_loss": loss if math.isfinite(loss) else math.nan, "epoch": float(round(state.epoch))})
 
-    fine_tune(config, s, *ray.get(data), callbacks=[TuneReportCallback()])
+    callbacks = [TuneReportCallback(), *config.pop("callbacks", ())]  # further ones: raytune_pbt_hpo.py
+    fine_tune(config, s, *ray.get(data), callbacks)
 
 
 def run_trial(config, s, data, worker):
@@ -406,7 +406,7 @@ def summary(results, s):
         say(f"FAILED {Path(result.path).name}: full trace in {result.path}/error.txt")
     for result in (each for each in results if not each.error and each.metrics):
         saved = result.metrics_dataframe
-        if saved is None or len(saved) < result.metrics["training_iteration"]:  # Ray goes on when a disk is full
+        if saved is None or len(saved) < result.metrics["iterations_since_restore"]:  # Ray goes on when a disk is full
             sys.exit(f"ERROR: {result.path} lacks reports of its trial; is the disk full, or the quota reached?")
         reports += saved.to_dict("records")
     reports = [report for report in reports if math.isfinite(report["eval_loss"])]
