@@ -36,9 +36,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 # torch, deepspeed and transformers are imported where training happens; the search itself does without them.
 
-# ==========================================================================================================
-# Settings: environment variables. The head script has them checked beforehand (check_inputs.py).
-# ==========================================================================================================
+# ---- Settings: environment variables. The head script has them checked beforehand (check_inputs.py). --------
 VARIABLES = {  # name: (default, how its text is read, meaning)
     "LR_LOWER": ("5e-6", float, "learning rate, lower end of the log-uniform range"),
     "LR_UPPER": ("2e-4", float, "learning rate, upper end"),
@@ -64,9 +62,7 @@ def read_settings(environ):
     return SimpleNamespace(**{name: read(environ.get(name, text)) for name, (text, read, _) in VARIABLES.items()})
 
 
-# ==========================================================================================================
-# SEARCH SPACE AND SCHEDULER: edit here
-# ==========================================================================================================
+# ---- SEARCH SPACE AND SCHEDULER: edit here ------------------------------------------------------------------
 def search_space(s):
     """What each trial draws. Any further key that is a field of transformers.TrainingArguments takes effect
     as it is, for example:  "warmup_ratio": tune.uniform(0.0, 0.2),
@@ -105,9 +101,7 @@ TRAINING_ARGUMENT = {
 }
 
 
-# ==========================================================================================================
-# Data: SQuAD questions -> token ids, once per run
-# ==========================================================================================================
+# ---- Data: SQuAD questions -> token ids, once per run -------------------------------------------------------
 MAX_LENGTH = 512  # tokens of prompt + answer + end-of-sequence; longer contexts are cut (see encode)
 
 
@@ -116,20 +110,17 @@ def load_squad(s):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(s.MODEL_NAME, trust_remote_code=False)
-    splits = []
-    for split, file, count in (
-        ("train", "train-v1.1.json", s.TRAIN_SAMPLES),
-        ("validation", "dev-v1.1.json", s.EVAL_SAMPLES),
-    ):
-        if Path(s.SQUAD_DATA).is_dir():
-            questions = read_squad_json(Path(s.SQUAD_DATA) / file)
-        else:
-            from datasets import load_dataset
+    if Path(s.SQUAD_DATA).is_dir():
+        splits = [read_squad_json(Path(s.SQUAD_DATA, file)) for file in ("train-v1.1.json", "dev-v1.1.json")]
+    else:
+        from datasets import load_dataset
 
-            questions = load_dataset(s.SQUAD_DATA, split=split)
-        rows = [questions[i] for i in random.Random(s.SEED).sample(range(len(questions)), count)]
-        splits.append([encode(r["context"], r["question"], r["answers"]["text"][0], tokenizer) for r in rows])
-    return tuple(splits)
+        splits = load_dataset(s.SQUAD_DATA, split=["train", "validation"])
+    drawn = []
+    for rows, count in zip(splits, (s.TRAIN_SAMPLES, s.EVAL_SAMPLES), strict=True):
+        rows = [rows[i] for i in random.Random(s.SEED).sample(range(len(rows)), count)]
+        drawn.append([encode(r["context"], r["question"], r["answers"]["text"][0], tokenizer) for r in rows])
+    return tuple(drawn)
 
 
 def read_squad_json(path):
@@ -188,47 +179,33 @@ def collate(rows, pad_id, trim_logits=True):
     return batch
 
 
-# ==========================================================================================================
-# Training: one configuration, with or without Ray
-# ==========================================================================================================
+# ---- Training: one configuration, with or without Ray -------------------------------------------------------
 DS_CONFIG = next((d / "ds_config.json" for d in Path(__file__).resolve().parents if (d / "ds_config.json").is_file()), None)
 
 
-def answer_loss_trainer():
-    """A Trainer class that evaluates the exact loss: nats per answer token over the whole validation set.
-
-    The stock Trainer averages the means of batches, skips batches that are NaN, and counts samples twice that
-    fill up the last batch. Here each answer token counts once, whatever the batch size and number of workers.
-    """
+def answer_losses(logits, labels):
+    """[b, k, vocabulary], [b, k] -> [b, 2]: the loss of each row, summed over its answer tokens (nats); how many."""
     import torch
-    from transformers import Trainer
 
-    class AnswerLossTrainer(Trainer):
-        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-            inputs = {name: value.to(self.args.device) if hasattr(value, "to") else value for name, value in inputs.items()}
-            labels = inputs.pop("labels")[:, 1:]
-            with torch.no_grad():
-                logits = model(**inputs).logits[:, :-1].float()
-            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-            tokens = (labels != -100).sum(1)
-            return None, torch.stack([losses.sum(1), tokens], dim=1), tokens
-
-    return AnswerLossTrainer
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+    return torch.stack([losses.sum(1), (labels[:, 1:] != -100).sum(1)], dim=1)
 
 
-def mean_loss(prediction):
+def answer_loss(prediction):
+    """The exact mean over all answer tokens. The Trainer's own eval_loss averages the means of batches."""
     loss_sum, tokens = prediction.predictions.astype("float64").sum(axis=0)
-    return {"loss": loss_sum / tokens}  # the Trainer names it eval_loss
+    return {"answer_loss": loss_sum / tokens}
 
 
-def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), trainer_class=None, start_from=None, **more):
-    """Trains one configuration for NUM_EPOCHS epochs and evaluates after each; `callbacks` receive the losses.
+def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), start_from=None, **more):
+    """Trains one configuration for NUM_EPOCHS epochs; after each, callbacks get the metric "eval_answer_loss".
 
-    Runs in every process of a data-parallel group, or in a single process. trainer_class, start_from (a
-    checkpoint's folder) and more (fields of TrainingArguments) are for raytune_pbt_hpo.py.
+    Runs in every process of a data-parallel group, or in a single process. raytune_pbt_hpo.py gives start_from (a
+    checkpoint's folder) and more fields of TrainingArguments.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
     gpu = torch.cuda.is_available() and s.GPUS_PER_WORKER > 0
     if not gpu:
@@ -238,29 +215,24 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), trainer_c
 
     ds_config = json.loads(DS_CONFIG.read_text(encoding="utf-8")) if DS_CONFIG else None
     if ds_config and not gpu:
-        ALL_OPS.pop("deepspeed_shm_comm", None)  # else DeepSpeed compiles a kernel that gloo makes needless
-        ds_config["zero_optimization"] |= {"overlap_comm": False, "contiguous_gradients": False}  # copies, for GPUs
-
+        ALL_OPS.pop("deepspeed_shm_comm", None)  # else DeepSpeed compiles a kernel; gloo does the same work
+        ds_config["zero_optimization"] |= {"overlap_comm": False, "contiguous_gradients": False}  # GPUs gain, CPUs copy
+    fields = {TRAINING_ARGUMENT.get(name, name): value for name, value in hyperparameters.items()}
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = {
-            "num_train_epochs": s.NUM_EPOCHS,
-            "per_device_eval_batch_size": 8,
-            "eval_strategy": "epoch",
-            "fp16": gpu,  # V100: fp16 in hardware, bf16 only emulated
-            "use_cpu": not gpu,
-            "deepspeed": ds_config,
-            "seed": s.SEED,
-            "output_dir": scratch,
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "remove_unused_columns": False,
-            "dataloader_pin_memory": gpu,
-        }
-        arguments |= more | {TRAINING_ARGUMENT.get(name, name): value for name, value in hyperparameters.items()}
-        # ZeRO-3 splits the model while it is loaded: TrainingArguments and the process group come before the model.
-        training_arguments = TrainingArguments(**arguments)
+        quiet = {"output_dir": scratch, "save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
+        # ZeRO-3 splits the model as it is loaded: TrainingArguments and the process group come before the model.
+        arguments = TrainingArguments(
+            deepspeed=ds_config,
+            fp16=gpu,  # V100: fp16 in hardware, bf16 only emulated
+            use_cpu=not gpu,
+            seed=s.SEED,
+            eval_strategy="epoch",
+            per_device_eval_batch_size=8,  # does not change the loss
+            dataloader_pin_memory=gpu,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            **({"num_train_epochs": s.NUM_EPOCHS} | quiet | more | fields),
+        )
         if ds_config and not gpu:
             deepspeed.init_distributed(dist_backend="gloo")
         torch.manual_seed(s.SEED)
@@ -270,13 +242,14 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), trainer_c
         tokenizer = AutoTokenizer.from_pretrained(s.MODEL_NAME, trust_remote_code=False)
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         trim_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        trainer = (trainer_class or answer_loss_trainer())(
+        trainer = Trainer(
             model=model,
-            args=training_arguments,
+            args=arguments,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             data_collator=functools.partial(collate, pad_id=pad_id, trim_logits=trim_logits),
-            compute_metrics=mean_loss,
+            preprocess_logits_for_metrics=answer_losses,
+            compute_metrics=answer_loss,
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)
@@ -288,9 +261,7 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), trainer_c
             trainer.accelerator.free_memory()
 
 
-# ==========================================================================================================
-# Trial: fine_tune in W Ray Train workers; each evaluation is reported to Tune
-# ==========================================================================================================
+# ---- Trial: fine_tune in W Ray Train workers; each evaluation is reported to Tune ---------------------------
 def train_loop_per_worker(config):
     """What each of the W workers of a trial runs. config: the drawn train_loop_config, settings and data."""
     import torch
@@ -304,9 +275,9 @@ def train_loop_per_worker(config):
     class TuneReportCallback(TrainerCallback):
         """One report after each evaluation, so Tune's training_iteration is the epoch and ASHA's rungs are epochs."""
 
-        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            loss = (metrics or {}).get("eval_loss", math.nan)
-            # An infinite loss is reported as NaN, too: Tune then ends the trial, and no rung counts it.
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            loss = metrics["eval_answer_loss"]
+            # An infinite loss is reported as NaN: Tune then ends the trial, and no rung counts it.
             report({"eval_loss": loss if math.isfinite(loss) else math.nan, "epoch": float(round(state.epoch))})
 
     fine_tune(config, s, *ray.get(data), callbacks=[TuneReportCallback()])
@@ -333,12 +304,13 @@ def run_trial(config, s, data, worker):
     ).fit()
 
 
-# ==========================================================================================================
-# Search
-# ==========================================================================================================
+# ---- Search -------------------------------------------------------------------------------------------------
 # The one seam: modules beside this file that change the plan of a search before it starts. Each may be deleted; its
 # first line says what is lost then.
 NEIGHBOURS = ["fast_trials", "run_state", "trial_log"]
+
+
+METRIC_COLUMNS = {"training_iteration": "iter", "time_total_s": "total time (s)", "eval_loss": "eval_loss"}
 
 
 def say(text):
@@ -386,6 +358,9 @@ def search(s, run_dir):
             storage_path=str(run_dir),
             stop=lambda trial_id, result: not math.isfinite(result["eval_loss"]) or result["epoch"] >= s.NUM_EPOCHS,
             callbacks=[],
+            progress_reporter=tune.CLIReporter(
+                metric_columns=METRIC_COLUMNS, max_report_frequency=30, print_intermediate_tables=True
+            ),
             verbose=1,
         ),
         context=SimpleNamespace(s=s, run_dir=run_dir, data=data, train_loop=train_loop_per_worker, worker=worker),
