@@ -74,7 +74,7 @@ class WarmTrial(tune.Trainable):
         self.diverged, self.started = False, True
         context = self.context
         config = self.config["train_loop_config"] | {"settings": context.s, "data": context.data}
-        self.of_all("start", context.train_loop, config)
+        self.of_all("start", context.loop, config)
 
     def new_processes(self):
         place, worker = ray.util.get_current_placement_group(), self.context.worker

@@ -24,6 +24,7 @@ TESTED = ("2.60.0",)  # versions of Ray in which should_recover below decides on
 def improve(plan):
     """Makes the plan one that can be continued; continues it if its run folder holds an earlier part."""
     s, run_dir = plan.context.s, plan.context.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
     save_settings(s, run_dir / "settings.json")
     # Seconds between two saves, from which a run is continued. A save takes longer the more trials there are.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(max(0.5, s.NUM_SAMPLES / 100)))
