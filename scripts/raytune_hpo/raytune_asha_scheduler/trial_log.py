@@ -115,7 +115,7 @@ class FinalTable(tune.CLIReporter):
 
 
 def cause_of(error_text):
-    """The line of a trace that names the error, such as "ValueError: ...": the innermost cause is the last."""
+    """The line of a trace that names the error, such as "ValueError: ...": the innermost is the last."""
     lines = [line.strip() for line in error_text.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     return (named or lines or ["unknown"])[-1][:200]
