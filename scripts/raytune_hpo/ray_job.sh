@@ -119,7 +119,6 @@ prepare_ray() {                                        # environment, folder and
     export RAY_SCHEDULER_EVENTS=0 RAY_USAGE_STATS_ENABLED=0           # nothing in the log that is not for students
     export DASHBOARD_METRIC_PORT=-1 RAY_enable_metrics_collection=0   # no ports: these would ask nobody for the token
     export RAY_TRAIN_METRICS_ENABLED=0                 # nobody collects them
-    export RAY_prestart_worker_first_driver=0          # else a node starts a process for each CPU, which no trial can use
     export RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.2       # a report reaches Tune within half a second instead of two
     export RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=300  # imports from a busy shared file system can take minutes
     export RAY_TRAIN_ENABLE_PRINT_PATCH=0              # else every line of a worker appears twice
