@@ -49,6 +49,14 @@ def hpo():
 
 
 @pytest.fixture(scope="session")
+def checks():
+    """check_inputs.py as a module. It imports a lesson of its own: checks.lesson."""
+    import check_inputs
+
+    return check_inputs
+
+
+@pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """Folder with the demo model and data."""
     folder = tmp_path_factory.mktemp("demo") / "assets"
