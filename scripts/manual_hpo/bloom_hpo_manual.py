@@ -78,7 +78,8 @@ def train(hyperparameters, settings, csv_file):
     print(f"RESULT {drawn} eval_loss={loss:.6f} epoch={epoch} runtime_s={runtime:.1f}", flush=True)
     if csv_file:
         with csv_file.open("a", newline="") as file:
-            row = {"eval_loss": f"{loss:.6f}", "epoch": epoch, "runtime_s": f"{runtime:.1f}"} | hyperparameters
+            found = {"eval_loss": f"{loss:.6f}", "epoch": epoch, "runtime_s": f"{runtime:.1f}"}
+            row = hyperparameters | found
             csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n").writerow(row)
 
 
@@ -110,10 +111,12 @@ def main():
     try:
         if problems:
             raise InputError("\n".join(problems))
+        drawn = {"lr": value["lr"], "per_device_bs": value["bs"], "wd": value["wd"]}
+        if a.best is not None:
+            drawn = best_configuration(a.best)
         settings = check_inputs.check(os.environ)
         settings.NUM_EPOCHS = value["epochs"] or settings.NUM_EPOCHS
-        drawn = {"lr": value["lr"], "per_device_bs": value["bs"], "wd": value["wd"]}
-        train(drawn if a.best is None else best_configuration(a.best), settings, a.csv)
+        train(drawn, settings, a.csv)
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
             print(*(f"ERROR: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
