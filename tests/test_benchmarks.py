@@ -23,12 +23,14 @@ def test_savings_asha_trains_less_than_the_full_grid_and_mostly_finds_its_best(h
 
 
 def test_savings_the_recorded_configurations_are_those_of_the_search(hpo):
-    """The first twelve curves belong to the trials of the quickstart."""
+    """The quickstart's are the first twelve. Close, not equal: the last digit of exp() depends on the CPU."""
     savings = load_module(REPO / "tests/benchmarks/asha_savings.py")
     curves = savings.Curves(savings.CURVES[0])
     space = hpo.search_space(savings.settings_of(hpo, curves.about))
     recorded = [{key: c[key] for key in ("lr", "per_device_bs", "wd")} for c in curves.configurations]
-    assert savings.draw_configurations(space, curves.about["SEED"], len(recorded)) == recorded
+    drawn = savings.draw_configurations(space, curves.about["SEED"], len(recorded))
+    for ours, theirs in zip(drawn, recorded, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9)
 
 
 def test_what_the_benchmarks_edit_in_a_copy_of_the_search_is_there(monkeypatch):
