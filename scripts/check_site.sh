@@ -27,7 +27,7 @@ GPUS=0 TRIALS=1 NEXT_LOOK=0 STATE=""
 # shellcheck source=SCRIPTDIR/raytune_hpo/ray_job.sh
 source "$REPO/scripts/raytune_hpo/ray_job.sh"                # what a run does: node_address, count_gpus, prepare_ray ...
 export -f node_address count_gpus fail                       # so that timeout can end them
-export PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$REPO/scripts/raytune_hpo/raytune_asha_scheduler${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$REPO/scripts/raytune_hpo${PYTHONPATH:+:$PYTHONPATH}"
 
 # ---- Lines -----------------------------------------------------------------------------------------------------------
 declare -A COUNT=([ok]=0 [warning]=0 [FAILED]=0)
@@ -120,15 +120,12 @@ PYTHON
 check_inputs() {                                             # variables, tokenizer, data and weights, as the search finds them
     local said error
     if said=$(timeout 300 python -c '
-import os, sys, raytune_asha_hpo as search
+import os, sys, check_inputs
 try:
-    s = search.read_settings(os.environ, True)
-    train, validation = search.load_squad(s)
-except search.InputError as error:
+    s = check_inputs.check(os.environ)
+except check_inputs.InputError as error:
     sys.exit("".join(f"\nERROR: {line}" for line in str(error).splitlines()))
-from transformers.utils import has_file
-if not os.path.isdir(s.MODEL_NAME) and not any(has_file(s.MODEL_NAME, f"model.safetensors{end}") for end in ("", ".index.json")):
-    sys.exit(f"\nERROR: MODEL_NAME={s.MODEL_NAME}: no weights in the cache, nor from the hub; fetch them on a login node and give the folder")
+train, validation = check_inputs.lesson.load_squad(s)
 print(f"MODEL_NAME={s.MODEL_NAME} is there, {len(train)} + {len(validation)} questions read from SQUAD_DATA={s.SQUAD_DATA}")' 2>&1); then
         ok "inputs: $(last "$said")"
     else

@@ -11,7 +11,6 @@ Prints the two folders on stdout. Exit status 2: one line for each thing that is
 import argparse
 import errno
 import fnmatch
-import importlib.util
 import json
 import os
 import shutil
@@ -21,7 +20,11 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-SEARCH_SCRIPT = Path(__file__).resolve().parent / "raytune_hpo/raytune_asha_scheduler/raytune_asha_hpo.py"
+sys.path.insert(0, str(Path(__file__).resolve().parent / "raytune_hpo"))
+import check_inputs
+from check_inputs import InputError
+from check_inputs import lesson as hpo
+
 MARK = "prefetched.json"  # in each folder that is made here: where from, and whether it is complete
 CONFIGURATION_AND_TOKENIZER = (
     "config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
@@ -29,17 +32,6 @@ CONFIGURATION_AND_TOKENIZER = (
 INDEX = "model.safetensors.index.json"  # of weights in several files
 SQUAD_FILES = {"train": "train-v1.1.json", "validation": "dev-v1.1.json"}
 ONLINE_TIMEOUT = 20  # seconds, to find out whether the hub can be reached
-
-
-def load_search_script():
-    """raytune_asha_hpo.py as a module: its checks and its way to read the data are used here."""
-    spec = importlib.util.spec_from_file_location("raytune_asha_hpo", SEARCH_SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-hpo = load_search_script()
 
 
 def log(text):
@@ -55,7 +47,7 @@ def told_in(problems, variable, value, folder):
     """Whatever goes wrong inside becomes one line of `problems`."""
     try:
         yield
-    except hpo.InputError as error:
+    except InputError as error:
         problems += str(error).splitlines()
     except Exception as error:  # noqa: BLE001  so many libraries, so many kinds
         problems.append(explain(error, variable, value, folder))
@@ -117,7 +109,7 @@ def place(source, folder):
         holds = "was not made by this script"
     except (OSError, ValueError, KeyError, TypeError):
         holds = f"has a {MARK} that cannot be read"
-    raise hpo.InputError(f"FOLDER={str(folder.parent)!r}: {folder.name}/{target.name} in it {holds}; remove it, or give another folder")
+    raise InputError(f"FOLDER={str(folder.parent)!r}: {folder.name}/{target.name} in it {holds}; remove it, or give another folder")
 
 
 def mark(target, source, complete):
@@ -144,7 +136,7 @@ def files_of_the_model(names, value):
     elif INDEX in names:
         weights = [INDEX, *fnmatch.filter(names, "model?*-of-*.safetensors")]
     else:
-        raise hpo.InputError(f"MODEL_NAME={value!r}: has no model.safetensors (other formats, such as pytorch_model.bin, are not loaded); choose another model")
+        raise InputError(f"MODEL_NAME={value!r}: has no model.safetensors (other formats, such as pytorch_model.bin, are not loaded); choose another model")
     return weights + [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in CONFIGURATION_AND_TOKENIZER)]
 
 
@@ -156,7 +148,7 @@ def model_from_hub(value, target, folder):
     names = files_of_the_model(sorted(sizes), value)
     needed = sum(sizes[name] for name in names if not (target / name).exists())
     if needed > shutil.disk_usage(folder).free:  # a quota is not seen here; it shows when it is reached
-        raise hpo.InputError(f"FOLDER={str(folder)!r}: {value} needs {needed / 1e6:.1f} MB, the disk has {free(folder)}; give a folder on another disk")
+        raise InputError(f"FOLDER={str(folder)!r}: {value} needs {needed / 1e6:.1f} MB, the disk has {free(folder)}; give a folder on another disk")
 
     def fetch():
         log(f"fetching {value} ({needed / 1e6:.1f} MB)")
@@ -180,7 +172,7 @@ def data_from_hub(value, target, folder):
             try:
                 text = json.dumps(squad_json(questions), ensure_ascii=False)
             except (LookupError, TypeError, AttributeError, ValueError) as error:
-                raise hpo.InputError(f"SQUAD_DATA={value!r} ({split}): a row is not of SQuAD v1.1 ({type(error).__name__}: {error}); "
+                raise InputError(f"SQUAD_DATA={value!r} ({split}): a row is not of SQuAD v1.1 ({type(error).__name__}: {error}); "
                                      f"give {hpo.VARIABLES['SQUAD_DATA'][0]}, or another of that form") from None
             (target / name).write_text(text, encoding="utf-8")
             log(f"wrote {len(questions)} questions to {target / name}")
@@ -216,7 +208,7 @@ def check_model(target):
             with safe_open(target / name, framework="numpy") as file:  # compares the header with the file's length
                 file.keys()
     except Exception as error:  # noqa: BLE001  the library has an exception of its own, derived from none
-        raise hpo.InputError(f"MODEL_NAME={str(target)!r}: the weights are not complete ({one_line(error)}); remove this folder and fetch them again") from None
+        raise InputError(f"MODEL_NAME={str(target)!r}: the weights are not complete ({one_line(error)}); remove this folder and fetch them again") from None
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
@@ -263,7 +255,7 @@ def main():
         with told_in(problems, "MODEL_NAME", a.model, folder):
             check_model(Path(targets[0]))
             environ = os.environ | dict(zip(("MODEL_NAME", "SQUAD_DATA"), targets, strict=True))
-            hpo.load_squad(hpo.read_settings(environ, look_into_folders=True))  # the tokenizer is loaded, the questions are drawn
+            hpo.load_squad(check_inputs.check(environ))  # the tokenizer is loaded, the questions are drawn
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     if problems:
         print(*(f"ERROR: {line}" for line in dict.fromkeys(problems)), sep="\n", file=sys.stderr)

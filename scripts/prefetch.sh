@@ -11,7 +11,7 @@
 set -euo pipefail
 
 REPO=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-SEARCH=$REPO/scripts/raytune_hpo/raytune_asha_scheduler/raytune_asha_hpo.py
+CHECK=$REPO/scripts/raytune_hpo/check_inputs.py
 
 fail() {
     printf 'ERROR: %s\n' "$*" >&2
@@ -27,8 +27,9 @@ FOLDER=$(realpath -m -- "${1:-$REPO/prefetched}")
 [[ ! -x $REPO/.venv/bin/python ]] || PATH=$REPO/.venv/bin:$PATH
 command -v python >/dev/null || fail "no python found; run: bash scripts/setup_env.sh"
 unset RESUME                                                 # of a run that is to be continued; it has its own settings
+export SLURM_JOB_ID=${SLURM_JOB_ID:-later}                   # trials will run on Slurm's nodes: not too large for this one
 
-settings=$(python "$SEARCH" --get MODEL_NAME SQUAD_DATA)     # checks them all, and makes folders absolute
+settings=$(python "$CHECK" --get MODEL_NAME SQUAD_DATA)      # checks all variables, and makes folders absolute
 { read -r MODEL_NAME; read -r SQUAD_DATA; } <<<"$settings"
 { mkdir -p "$FOLDER" && [[ -w $FOLDER ]]; } 2>/dev/null ||
     fail "FOLDER='$FOLDER': cannot be made or written to; give another one"
@@ -41,5 +42,5 @@ paths=$(python "$REPO/scripts/prefetch.py" "$MODEL_NAME" "$SQUAD_DATA" "$FOLDER"
 { read -r MODEL_NAME; read -r SQUAD_DATA; } <<<"$paths"
 export MODEL_NAME SQUAD_DATA HF_HUB_OFFLINE=1
 echo "a run would use:" >&2
-python "$SEARCH" --check >&2
+python "$CHECK" >&2
 printf 'export MODEL_NAME=%q\nexport SQUAD_DATA=%q\nexport HF_HUB_OFFLINE=1\n' "$MODEL_NAME" "$SQUAD_DATA"

@@ -188,7 +188,7 @@ def test_a_log_with_any_damage_is_read_or_refused(folder, changes):
     log = folder / "log.out"
     log.write_text("\n".join(mutated(LOG, changes)), encoding="utf-8", errors="surrogatepass")
     try:
-        run = read_run.parse_log(log)
+        run = read_run.parse(log)
     except read_run.NotALog as error:
         assert one_line(str(error)) and str(error).startswith(f"{log}: ")
         return

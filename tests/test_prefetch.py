@@ -22,7 +22,6 @@ import pytest
 from conftest import (
     HEAD,
     REPO,
-    SCRIPT,
     SMALL,
     best_of,
     check_log,
@@ -177,20 +176,19 @@ def fetched(hub, environ, tmp_path_factory):
 
 LOAD = """
 import json, os, sys
-from conftest import SCRIPT, load_module
+import conftest, check_inputs
 from transformers import AutoModelForCausalLM
-hpo = load_module(SCRIPT)
-settings = hpo.read_settings(os.environ, look_into_folders=True)
+settings = check_inputs.check(os.environ)
 model = AutoModelForCausalLM.from_pretrained(settings.MODEL_NAME)
-print(json.dumps([hpo.load_squad(settings), sum(p.numel() for p in model.parameters())]))
+print(json.dumps([check_inputs.lesson.load_squad(settings), sum(p.numel() for p in model.parameters())]))
 """
 
 
 def loaded_without_network(exports, environ, tmp_path):
-    """What a compute node without a network checks and loads: (output of --check, [questions, parameters])."""
+    """What a compute node without a network checks and loads: (output of check_inputs.py, [questions, parameters])."""
     there = {k: v for k, v in environ.items() if k not in ("HF_ENDPOINT", "MODEL_NAME", "SQUAD_DATA")} | {"HF_HOME": str(tmp_path), "EXPORTS": exports}
-    node = 'ip link set lo up; eval "$EXPORTS"; "$0" "$1" --check >&2 && "$0" -c "$2"'
-    run = subprocess.run(["unshare", "-n", "bash", "-ec", node, sys.executable, SCRIPT, LOAD], env=there | {"PYTHONPATH": str(REPO / "tests")},
+    node = 'ip link set lo up; eval "$EXPORTS"; "$0" "$1" >&2 && "$0" -c "$2"'
+    run = subprocess.run(["unshare", "-n", "bash", "-ec", node, sys.executable, REPO / "scripts/raytune_hpo/check_inputs.py", LOAD], env=there | {"PYTHONPATH": str(REPO / "tests")},
                          text=True, check=False, capture_output=True, timeout=300)  # fmt: skip
     assert run.returncode == 0, run.stderr
     return run.stderr, json.loads(run.stdout.splitlines()[-1])

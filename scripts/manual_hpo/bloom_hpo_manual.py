@@ -4,14 +4,13 @@
     torchrun --standalone --nproc_per_node=2 bloom_hpo_manual.py --lr 1e-5 --bs 1 --wd 0.0
     torchrun --standalone --nproc_per_node=2 bloom_hpo_manual.py --best RUN_FOLDER --epochs 30
 
-Data, objective and training are those of raytune_asha_hpo.py, imported from there: one definition, two users. Its
-environment variables (MODEL_NAME, SQUAD_DATA, TRAIN_SAMPLES, ..., SEED) hold here too. Rank 0 prints one line for each
-epoch and one RESULT line: the lowest eval_loss and its epoch. With --csv it adds that as a row to a file.
+Data, objective and training are imported from raytune_asha_hpo.py, and so are its environment variables
+(MODEL_NAME, SQUAD_DATA, TRAIN_SAMPLES, ..., SEED). Rank 0 prints one line per epoch and one RESULT line: the
+lowest eval_loss and its epoch. With --csv it also appends that as a row to a file.
 """
 
 import argparse
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -19,19 +18,16 @@ import sys
 import time
 from pathlib import Path
 
-SEARCH_SCRIPT = Path(__file__).resolve().parents[1] / "raytune_hpo/raytune_asha_scheduler/raytune_asha_hpo.py"
+TOOLS = Path(__file__).resolve().parents[1] / "raytune_hpo"
+sys.path[:0] = [str(TOOLS), str(TOOLS / "raytune_asha_scheduler")]
+import check_inputs
+import raytune_asha_hpo as hpo
+from check_inputs import InputError
+
 COLUMNS = ("lr", "per_device_bs", "wd", "eval_loss", "epoch", "runtime_s")
 
 
-def load_search_script():
-    """raytune_asha_hpo.py as a module."""
-    spec = importlib.util.spec_from_file_location("raytune_asha_hpo", SEARCH_SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def best_configuration(hpo, run_folder):
+def best_configuration(run_folder):
     """The train_loop_config of the lowest finite eval_loss that a search has reported in this run folder.
 
     Raises InputError if there is none.
@@ -47,11 +43,12 @@ def best_configuration(hpo, run_folder):
             except (ValueError, KeyError, TypeError):
                 continue  # a line half written: the search runs, or was ended there
     if best[1] is None:
-        raise hpo.InputError(f"--best={str(run_folder)!r}: no results of a search in this folder; give one such as runs/<jobid>")
+        why = "no results of a search in this folder"
+        raise InputError(f"--best={str(run_folder)!r}: {why}; give one such as runs/<jobid>")
     return best[1]
 
 
-def train(hpo, hyperparameters, settings, csv_file):
+def train(hyperparameters, settings, csv_file):
     """Trains in this process group; rank 0 prints and, if csv_file is given, writes the result."""
     from transformers import TrainerCallback
 
@@ -66,57 +63,61 @@ def train(hpo, hyperparameters, settings, csv_file):
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             reports.append((metrics["eval_loss"], round(state.epoch)))
             if first:
-                print(f"{time.strftime('%H:%M:%S')} manual | {drawn}  epoch {round(state.epoch)}/{settings.NUM_EPOCHS}  "
-                      f"eval_loss {metrics['eval_loss']:.5f}", flush=True)
+                epoch = f"epoch {round(state.epoch)}/{settings.NUM_EPOCHS}"
+                text = f"{drawn}  {epoch}  eval_loss {metrics['eval_loss']:.5f}"
+                print(f"{time.strftime('%H:%M:%S')} manual | {text}", flush=True)
 
     hpo.fine_tune(hyperparameters, settings, *hpo.load_squad(settings), callbacks=[PrintReport()])
     if not first:
         return
     finite = [report for report in reports if math.isfinite(report[0])]
     if not finite:
-        raise hpo.InputError(f"{drawn}: diverged, no epoch has a finite eval_loss; use a lower learning rate")
+        raise InputError(f"{drawn}: diverged, no epoch has a finite eval_loss; use a lower learning rate")
     loss, epoch = min(finite)
     runtime = time.monotonic() - start
     print(f"RESULT {drawn} eval_loss={loss:.6f} epoch={epoch} runtime_s={runtime:.1f}", flush=True)
     if csv_file:
         with csv_file.open("a", newline="") as file:
-            row = {**hyperparameters, "eval_loss": f"{loss:.6f}", "epoch": epoch, "runtime_s": f"{runtime:.1f}"}
+            found = {"eval_loss": f"{loss:.6f}", "epoch": epoch, "runtime_s": f"{runtime:.1f}"}
+            row = hyperparameters | found
             csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n").writerow(row)
 
 
 def main():
     """Returns the exit status: 0 success, 2 bad input or a training that diverged (one line each)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("--lr", help="learning rate")
     parser.add_argument("--bs", help="per-device batch size")
     parser.add_argument("--wd", help="weight decay")
-    parser.add_argument("--best", metavar="RUN_FOLDER", help="instead: the best configuration that a search found")
+    parser.add_argument("--best", metavar="RUN_FOLDER", help="instead: the best that a search has found")
     parser.add_argument("--epochs", help="epochs (default: NUM_EPOCHS)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help=f"add the result to this file ({', '.join(COLUMNS)})")
+    columns = ", ".join(COLUMNS)
+    parser.add_argument("--csv", type=Path, metavar="FILE", help=f"append the result here ({columns})")
     a = parser.parse_args()
     by_hand = (a.lr, a.bs, a.wd)
     if (None in by_hand) if a.best is None else (by_hand != (None, None, None)):
         parser.error("give --lr, --bs and --wd, or --best RUN_FOLDER")
-    hpo = load_search_script()
-    os.environ.update(hpo.QUIETER_AND_FASTER)
     value, problems = {}, []
-    whole, weight_decay, learning_rate = hpo.number(1, kind=int), hpo.number(0, 10), hpo.number(0, 10, low_ok=False)
-    for option, parse in {"lr": learning_rate, "bs": whole, "wd": weight_decay, "epochs": whole}.items():
+    limits_of = {"lr": "LR_LOWER", "bs": "BS_CHOICES", "wd": "WD_CHOICES", "epochs": "NUM_EPOCHS"}
+    for option, name in limits_of.items():
         text = getattr(a, option)
         try:
-            value[option] = None if text is None else parse(text)
-        except ValueError as error:
+            value[option] = None if text is None else check_inputs.read_number(name, text)
+        except InputError as error:
             problems.append(f"--{option}={text!r:.500}: {error}")
     if a.csv and (a.csv.is_dir() or not a.csv.absolute().parent.is_dir()):
-        problems.append(f"--csv={str(a.csv)!r}: is a folder, or lies in none; give a file in an existing folder")
+        problems.append(f"--csv={str(a.csv)!r}: not a file in an existing folder; give one")
     try:
         if problems:
-            raise hpo.InputError("\n".join(problems))
-        settings = hpo.read_settings(os.environ, look_into_folders=True)
+            raise InputError("\n".join(problems))
+        drawn = {"lr": value["lr"], "per_device_bs": value["bs"], "wd": value["wd"]}
+        if a.best is not None:
+            drawn = best_configuration(a.best)
+        settings = check_inputs.check(os.environ)
         settings.NUM_EPOCHS = value["epochs"] or settings.NUM_EPOCHS
-        drawn = {"lr": value["lr"], "per_device_bs": value["bs"], "wd": value["wd"]} if a.best is None else best_configuration(hpo, a.best)
-        train(hpo, drawn, settings, a.csv)
-    except hpo.InputError as error:
+        train(drawn, settings, a.csv)
+    except InputError as error:
         if os.environ.get("RANK", "0") == "0":
             print(*(f"ERROR: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return 2

@@ -1,10 +1,13 @@
 # shellcheck shell=bash
-# What the head job and the worker job share: banner, environment, waiting, and ending exactly what they started.
-# Sourced by head_node_raytune_asha_hpo.slurm and worker_node_raytune_asha_hpo.slurm after they set:
+# What the .slurm scripts share: the lines of their logs, the node's resources, starting Ray, and ending exactly what
+# they started. They set, before they source this file:
 #   JOB       name of this job or run, unique on the cluster (Slurm job id, or local-...)
-#   ROLE      head or worker
-#   RUN_DIR   folder of the run, seen by all its nodes
+#   ROLE      head, worker or manual
 #   REPO      top of the repository
+# and, once it is known,
+#   RUN_DIR   folder of the run, seen by all its nodes
+
+unset "${!SQUEUE_@}" SLURM_TIME_FORMAT                 # a user's own formats: what squeue and scontrol print is read here
 
 banner() {                                             # banner START|FINISH
     printf '===== JOB %s %-6s : %s =====\n' "$JOB" "$1" "$(date '+%Y-%m-%d %H:%M:%S %Z')"
@@ -17,6 +20,37 @@ say() {                                                # one line of the log, wi
 fail() {                                               # the cause and the fix, then the end
     printf 'ERROR: %s\n' "$*" >&2
     exit 1
+}
+
+no_room() {                                            # no_room FOLDER: what to tell the user
+    echo "cannot write to the run folder $1; is the disk full, or the quota reached?"
+}
+
+publish() {                                            # publish NAME: its input as a file of the run, by rename: nobody reads half of it
+    { cat >"$RUN_DIR/.$1" && mv "$RUN_DIR/.$1" "$RUN_DIR/$1"; } 2>/dev/null || fail "$(no_room "$RUN_DIR")"
+}
+
+on_slurm() { [[ -n ${SLURM_JOB_ID:-} ]]; }
+
+frame_the_log() {                                      # START now, FINISH in every ending but kill -9
+    trap finish EXIT
+    trap 'exit 143' TERM
+    trap 'exit 130' INT
+    banner START
+}
+
+finish() {                                             # first the script's own before_finish STATUS, if it has one
+    local status=$?
+    trap '' TERM INT                                   # a second signal must not cut the clean-up short
+    set +e
+    ! declare -F before_finish >/dev/null || before_finish "$status"
+    end_owned
+    banner FINISH
+    if [[ -n ${TEE:-} ]]; then
+        exec >&- 2>&-                                  # tee ends once nobody writes to it: then the log is complete
+        wait "$TEE"
+    fi
+    exit "$status"
 }
 
 choose_python() {                                      # the repository's own environment, else the one that is active
@@ -40,35 +74,72 @@ node_address() {                                       # the address other nodes
 
 count_gpus() {                                         # GPUs that PyTorch can use here, not those that Slurm promises
     local gpus
+    python -c 'import importlib.util; raise SystemExit(not importlib.util.find_spec("torch"))' ||
+        fail "$(command -v python) has no PyTorch; activate the course's environment in the EDIT block of this node's script"
+    # Importing PyTorch takes seconds, so only where a driver is: NVIDIA's, AMD's, or Windows' under WSL.
+    if [[ ${GPUS_PER_WORKER:-1} == 0 ]] || ! [[ -e /dev/nvidiactl || -e /dev/kfd || -e /dev/dxg ]]; then
+        echo 0
+        return
+    fi
     # Counting is not enough: a build of PyTorch without kernels for this GPU sees it, and fails at the first sum.
     gpus=$(python -c '
 import torch
-print(sum(int(torch.ones(1, device=f"cuda:{i}").sum().item()) for i in range(torch.cuda.device_count())))' 2>&1) || {
-        [[ $gpus != *ModuleNotFoundError* ]] ||
-            fail "$(command -v python) has no PyTorch; activate the course's environment in the EDIT block of this node's script"
+print(sum(int(torch.ones(1, device=f"cuda:{i}").sum().item()) for i in range(torch.cuda.device_count())))' 2>&1) ||
         fail "PyTorch does not run on this node: $(tail -n 1 <<<"$gpus"); install the build for its GPU (V100: environment.yml)"
-    }
     gpus=$(tail -n 1 <<<"$gpus")
-    if ((gpus == 0)) && [[ -e /dev/nvidiactl ]] && [[ ${GPUS_PER_WORKER:-1} != 0 ]]; then
+    if ((gpus == 0)) && [[ -e /dev/nvidiactl ]]; then
         fail "this node has an NVIDIA driver but PyTorch sees no GPU; check with: python -c 'import torch; torch.zeros(1).cuda()'"
     fi
     printf '%s\n' "$gpus"
 }
 
+# Sets CPUS, GPUS and SLOTS (trials at once) of this node, and OFFER, which tells Ray.
+measure_node() {
+    local W=$WORKERS_PER_TRIAL Cw=$CPUS_PER_WORKER Gw
+    CPUS=${SLURM_CPUS_ON_NODE:-$(nproc)}
+    GPUS=$(count_gpus)
+    Gw=${GPUS_PER_WORKER:-$((GPUS > 0))}               # unless the user says so, GPUs are used where there are any
+    ((W * Gw <= GPUS)) || fail "GPUS_PER_WORKER=$Gw WORKERS_PER_TRIAL=$W: a trial asks for $((W * Gw)) GPU(s) and this node has $GPUS;" \
+        "set $( ((GPUS == 0)) || echo "WORKERS_PER_TRIAL=$GPUS, or ")GPUS_PER_WORKER=0 to train on CPUs"
+    SLOTS=$(python "$REPO/scripts/raytune_hpo/worker_capacity.py" --slots --Cnode "$CPUS" --Gnode "$GPUS" --Gw "$Gw")
+    if ((SLOTS == 0)) && ! on_slurm; then
+        SLOTS=1
+        say "a trial asks for $((W * Cw)) CPUs and this machine has $CPUS: one trial at a time, sharing them"
+    fi
+    ((SLOTS > 0)) || fail "no trial fits on this node: it needs 2 + $W*$Cw CPUs and $W*$Gw GPUs; see worker_capacity.py"
+    # Tune runs as many trials at once as there are trial_slots.
+    # shellcheck disable=SC2034  # for start_ray
+    OFFER=(--num-cpus="$((SLOTS * W * Cw))" --num-gpus="$GPUS" --resources="{\"trial_slot\": $SLOTS}")
+}
+
 prepare_ray() {                                        # environment, folder and log of this job's Ray processes
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$RUN_DIR/token"   # who cannot read the file cannot connect
-    export RAY_gcs_rpc_server_reconnect_timeout_s=10                  # workers leave soon after a head that died
-    export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0                    # and at once when they are told to
+    export RAY_gcs_rpc_server_reconnect_timeout_s=10   # workers leave soon after a head that died
+    export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0     # and at once when they are told to
     export RAY_SCHEDULER_EVENTS=0 RAY_USAGE_STATS_ENABLED=0           # nothing in the log that is not for students
     export DASHBOARD_METRIC_PORT=-1 RAY_enable_metrics_collection=0   # no ports: these would ask nobody for the token
-    export RAY_prestart_worker_first_driver=0                         # start processes when a trial needs them
-    export RAY_worker_maximum_startup_concurrency=64                  # and all that it needs together
-    # Unix sockets allow 107 characters, of which Ray needs about 60: a short folder, on a local disk, ours alone. Ray makes
-    # its own folder open to all users, so that is one inside.
+    export RAY_TRAIN_METRICS_ENABLED=0                 # nobody collects them
+    export RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.2       # a report reaches Tune within half a second instead of two
+    export RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=300  # imports from a busy shared file system can take minutes
+    export RAY_TRAIN_ENABLE_PRINT_PATCH=0              # else every line of a worker appears twice
+    export RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0       # it asks for notices that only clouds send
+    export TUNE_WARN_THRESHOLD_S=60                    # no warnings that the machine is busy: it is
+    prepare_training
+    # Unix sockets allow 107 characters, of which Ray needs about 60: a short folder, on a local disk, ours alone. Ray
+    # opens its own folder to all users, so that one lies inside.
     RAY_TMP=$(mktemp -d "/tmp/ray_$JOB.XXXX")
     RAY_LOG=$RUN_DIR/ray_$ROLE-$JOB.log
     : >"$RAY_LOG"
     watch_over
+}
+
+prepare_training() {                                   # environment of every process that trains
+    export PYTHONPATH="$REPO/scripts/raytune_hpo/raytune_asha_scheduler${PYTHONPATH:+:$PYTHONPATH}"   # other scripts import the lesson
+    export PYTORCH_NVML_BASED_CUDA_CHECK=1             # asking whether there are GPUs must not initialise CUDA
+    export TORCHDYNAMO_DISABLE=1                       # else DeepSpeed loads torch's compiler: 1.3 s a process
+    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1   # glibc reuses freed memory: fresh pages for gradients took a third of a step
+    export TOKENIZERS_PARALLELISM=false                # else it warns at every fork
+    export TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1   # the log is for results
 }
 
 # start_ray OPTIONS...: in the background, in the foreground of a process that can be watched: $RAY
@@ -78,7 +149,7 @@ start_ray() {
     RAY=$!
 }
 
-ray_started() {                                        # a check for wait_until
+ray_started() {                                        # for wait_until
     kill -0 "$RAY" 2>/dev/null || fail "Ray ended at its start$(likely_cause): $(last_error) (all of it: $RAY_LOG)"
     [[ -s $RAY_TMP/r/ray_current_cluster ]]            # the head's address; the last that Ray writes, on both kinds of nodes
 }

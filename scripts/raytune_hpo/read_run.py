@@ -1,19 +1,22 @@
-"""Reads what a run has written: the log of a head job, its run folder, or the log of the manual grid -> Run.
+"""Reads what a run has written, the log of a head job, its run folder or the manual grid's log, as a Run.
 
 Used by fill_tables.py. The standard library only. Text of a log is never evaluated as code.
 """
 
 import ast
+import contextlib
 import csv
 import datetime
 import itertools
 import json
 import math
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TITLES = {"lr": "learning rate", "per_device_bs": "batch size", "wd": "weight decay"}  # the exercise's column names
+# The course's names of the columns.
+TITLES = {"lr": "Learning Rate (lr)", "per_device_bs": "Batch Size (bs)", "wd": "Weight Decay (wd)"}
 GRID_CSV = "lr,per_device_bs,wd,eval_loss,epoch,runtime_s"  # the first line of the manual grid's CSV
 MAX_BYTES = 200_000_000  # of a log; a real one has some 10 kB
 BANNER = re.compile(r"===== JOB (\S+) (START|FINISH) *: (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) ?(.*?) =====")
@@ -23,13 +26,18 @@ REPORT = re.compile(r"(\d{1,9}(?:\.\d+)?)/\d+ +eval_loss (\S+)")
 JOINED = re.compile(r"worker \d+/\d+ joined: job (\S+) on .*?\d+ CPUs, (\d{1,5}) GPUs, (\d{1,5}) trial")
 HELD = re.compile(r"worker job (\S+) held its node for (\d{1,9}) s")
 CLUSTER = re.compile(r"cluster: (\d{1,9}(?:\.\d+)?) trial\(s\) at once, (\d+) workers each, on (GPUs|CPUs)")
+RAY_NOW = re.compile(r"Current time: (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)")  # Ray's lines above its tables
+RAY_RUNNING = re.compile(r"(?:Number of trials|Trial status): .*?\b(\d{1,9}) RUNNING")
+RAY_GPUS = re.compile(r"Logical resource usage: .*, (\d{1,9}(?:\.\d+)?)/\S+ GPUs")
+DONE_BEFORE = re.compile(r"(lr=\S+ per_device_bs=\S+ wd=\S+) is in \S+ already$")
+FOLDER_OF_RAY = re.compile(r"(.+_\d{5,})_\d+_.+")  # of a trial: its name, and what Ray puts after it
 SETTING = re.compile(r"  ([A-Z][A-Z0-9_]*) +(\S.*)?$")
 MANUAL = re.compile(r"(RESULT|FAILED) ((?:[\w.]+=\S+ ?)+)(?:: (.*))?$")
-NOT_TEXT = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # colours and control characters
+NOT_TEXT = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # colours, control characters
 
 
 class NotALog(Exception):
-    """The input cannot be read as a log of this exercise; the message is one line that says why and what to give."""
+    """The input is not a log of this exercise; the message is one line that says why and what to give."""
 
 
 @dataclass
@@ -39,7 +47,7 @@ class Trial:
     name: str
     params: dict = field(default_factory=dict)
     reports: list = field(default_factory=list)  # (epoch, eval_loss), as they came
-    status: str = ""  # finished, stopped by ASHA, diverged, FAILED, running, pending, cut off (by the job's end)
+    status: str = ""  # finished, stopped by ASHA, diverged, FAILED, running, pending, cut off
     cause: str = ""
     runtime: float = None  # s, as Ray counted it; None: not in the log
     start: float = None
@@ -47,7 +55,7 @@ class Trial:
     last: float = None  # eval_loss of the boxed table
     epochs: int = 0
     at: dict = field(default_factory=dict)  # epoch -> s from the trial's start to its report
-    id: str = ""
+    id: str = ""  # the course's Combo ID, from 1
 
     def finite(self):
         """[(loss, epoch)] of all reports that are numbers."""
@@ -59,7 +67,7 @@ class Trial:
         return min(self.finite())[0] if self.finite() else None
 
     def seconds(self, now):
-        """Runtime in seconds: Ray's, else by the clock of the log's lines (to 1 s) up to `now`; None: not started."""
+        """Runtime in seconds: Ray's, else by the clock of the log's lines up to `now`; None: not started."""
         if self.runtime is not None:
             return self.runtime
         return None if self.start is None else (now if self.end is None else self.end) - self.start
@@ -83,6 +91,7 @@ class Run:
     slots: float = None  # trials at once, of the line "cluster:"
     cluster_at: float = 0.0
     on_gpus: bool = False
+    running: int = 0  # the most trials that a line of Ray's counts as running
     manual_gpus: int = None  # of the line "GPUs:" of a manual grid
     manual: bool = False
     exit_status: int = 0
@@ -101,24 +110,28 @@ class Run:
         if self.exit_status:
             why = {143: "cancelled, or at its time limit", 130: "interrupted"}.get(self.exit_status, "failed")
             return f"partial: the job ended early ({why}, exit status {self.exit_status})"
-        return "complete" if self.has_table or self.manual else "partial: the job ended without a table of trials"
+        if self.has_table or self.manual:
+            return "complete"
+        return "partial: the job ended without a table of trials"
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Reading
-# ======================================================================================================================
+# ============================================================================================================
 def read_text(path):
     """A log as clean lines. Raises NotALog if it is missing, empty, binary or huge."""
+    example = "a log such as logs/ray_head_bloom_5epochs-12345.out"
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise NotALog(f"{path}: larger than {MAX_BYTES // 10**6} MB, so not the log of a search; give logs/ray_head_*.out")
+            size = f"{MAX_BYTES // 10**6} MB"
+            raise NotALog(f"{path}: larger than {size}, so not the log of a search; give {example}")
         data = path.read_bytes()
     except OSError as error:
-        raise NotALog(f"{path}: cannot be read ({error.strerror}); give a log such as logs/ray_head_bloom_5epochs-12345.out") from None
+        raise NotALog(f"{path}: cannot be read ({error.strerror}); give {example}") from None
     if not data.strip():
         raise NotALog(f"{path}: is empty; wait until the job has started, or give another log")
     if b"\0" in data:
-        raise NotALog(f"{path}: is binary, not a log; give a log such as logs/ray_head_bloom_5epochs-12345.out")
+        raise NotALog(f"{path}: is binary, not a log; give {example}")
     text = data.decode("utf-8-sig", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
     return [NOT_TEXT.sub("", line).rstrip() for line in text.split("\n")]
 
@@ -136,6 +149,12 @@ def value_of(text):
     return text
 
 
+def assignments(text, between=r"\s+", sign="="):
+    """Words such as lr=1e-05 -> {"lr": 1e-05}."""
+    words = (word.partition(sign) for word in re.split(between, text) if word)
+    return {key: value_of(value) for key, _, value in words}
+
+
 def number_or(value, default=None):
     """value if it is a number, else default."""
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else default
@@ -147,10 +166,10 @@ def finite_or_none(value):
 
 
 def cells_of(block):
-    """A boxed table's lines -> (header, rows), lists of stripped cells; ([], []) if it is none.
+    """A boxed table's lines -> (header, rows), lists of stripped cells; ([], []) if it is not a table.
 
-    Reads Ray's two forms: columns between bars, and columns between spaces inside one frame. Lines that belong to one
-    row (a header or a cell broken over two lines) are joined without a space.
+    Reads Ray's two forms: columns between bars, and columns between spaces inside one frame. Lines that
+    belong to one row (a header or a cell broken over two lines) are joined without a space.
     """
     frame = [line for line in block if not set(line) - set("+-=|─│╭╮╰╯├┤┬┴┼╞╡═╪╤╧ ")]
     known = set(frame)
@@ -161,7 +180,8 @@ def cells_of(block):
     if len(edges) > 2:
         cut = list(itertools.pairwise(edges))
     else:  # no bars between columns: a column ends where all lines have two blanks
-        full = "".join(" " if all(line[i] == " " for line in lines) else "x" for i in range(len(lines[0])))[1:-1]
+        full = "".join(" " if all(line[i] == " " for line in lines) else "x"
+                       for i in range(len(lines[0])))[1:-1]
         cut = [(m.start(), m.end() + 1) for m in re.finditer(r"x+( x+)*", full)]
     second = block.index(frame[1], block.index(frame[0]) + 1) if len(frame) > 1 else len(block)
     rows = [[""] * len(cut)]  # the header first
@@ -177,7 +197,7 @@ def cells_of(block):
 
 
 def uncut(text, names):
-    """The one of names that a text cut with dots at its start or end stands for; else the text's last part."""
+    """The one of names that a text cut with dots stands for; else the text's last part."""
     bare = text.replace("…", "...")
     if bare.startswith("..."):
         tail = bare[3:].rsplit("/", 1)[-1]
@@ -192,9 +212,13 @@ def uncut(text, names):
 
 
 def read_table(run, block, known):
-    """Puts a boxed table of trials into run.trials. Another table (Ray's list of errors) is left out. -> was it one?"""
+    """Puts a boxed table of trials, or Ray's list of error files, into run.trials. -> is it one of trials?"""
     header, rows = cells_of(block)
     plain = [re.sub(r"\s", "", title).lower() for title in header]
+    if plain[:1] + plain[-1:] == ["trialname", "errorfile"]:
+        for name, *_, file in rows:
+            if name in run.trials and not run.trials[name].cause:
+                run.trials[name].cause = f"see {file}"
     if "trialname" not in plain or "status" not in plain:
         return False
     metrics = [i for i, title in enumerate(plain) if title in ("iter", "totaltime(s)", "eval_loss")]
@@ -208,18 +232,21 @@ def read_table(run, block, known):
         name = cell["trialname"]
         if name not in known and ("..." in name or "…" in name):
             bare = name.replace("…", "...")
-            found = [full for full in known if full.endswith(bare.split("...")[-1]) and full.startswith(bare.split("...")[0])]
+            first, *_, last = bare.split("...")
+            found = [full for full in known if full.startswith(first) and full.endswith(last)]
             name = found[0] if len(found) == 1 else name
         trial = run.trials.setdefault(name, known.get(name) or Trial(name))
         trial.params |= {columns[i]: value_of(row[i]) for i in columns}
         epochs = value_of(cell.get("iter", ""))
         epochs = epochs if isinstance(epochs, int) else 0
-        if epochs >= trial.epochs:  # a table in the middle of the log may be older than the reports
+        # a table amid the log may be older than its lines of epochs
+        if epochs >= trial.epochs or not trial.reports:
             trial.epochs = epochs
             trial.last = number_or(value_of(cell.get("eval_loss", "")))
             trial.runtime = finite_or_none(value_of(cell.get("totaltime(s)", "")))
         if trial.status in ("", "running", "pending", "paused"):
-            trial.status = {"ERROR": "FAILED", "TERMINATED": "ended"}.get(cell["status"], cell["status"].lower())
+            status = cell["status"]
+            trial.status = {"ERROR": "FAILED", "TERMINATED": "ended"}.get(status, status.lower())
     return True
 
 
@@ -230,20 +257,20 @@ def read_event(run, name, what, rest, second):
     trial = run.trials.setdefault(name, Trial(name))
     if what == "started":
         trial.start = second
-        words = re.split(r"\s{2,}", rest or "")
-        trial.params |= {key: value_of(value) for key, _, value in (word.partition(" ") for word in words if word)}
+        trial.params |= assignments(rest or "", r"\s{2,}", " ")
     elif what == "epoch":
         if report := REPORT.match(rest or ""):
             epoch = float(report[1])
             # a trial that lost its node reports its first epochs again
-            trial.reports = [r for r in trial.reports if r[0] != epoch] + [(epoch, float(number_or(value_of(report[2]), math.nan)))]
+            trial.reports = [r for r in trial.reports if r[0] != epoch]
+            trial.reports.append((epoch, float(number_or(value_of(report[2]), math.nan))))
             trial.epochs = max(trial.epochs, round(epoch))
             trial.at[epoch] = None if trial.start is None else second - trial.start
     elif what == "lost":
         trial.start, trial.status = None, "pending"
     else:
-        rest, *further = re.split(r"\s{2,}", rest or "") if what != "FAILED" else [rest]
-        values = {key: value_of(value) for key, _, value in (word.partition(" ") for word in further)}
+        rest, _, further = (rest or "").partition("  ") if what != "FAILED" else (rest, "", "")
+        values = assignments(further.strip(), r"\s{2,}", " ")
         if "eval_loss" in values:  # with many trials this is a trial's only line
             epoch = re.search(r"epoch (\d{1,9})$", rest)
             trial.epochs = int(epoch[1]) if epoch else run.number("NUM_EPOCHS", 0)
@@ -251,26 +278,43 @@ def read_event(run, name, what, rest, second):
             trial.runtime = finite_or_none(values.pop("seconds", None))
             trial.params |= values
         trial.end = second
-        trial.status = {"finished": "finished", "stopped": "stopped by ASHA", "ended": "diverged"}.get(what, "FAILED")
+        trial.status = {"stopped": "stopped by ASHA", "ended": "diverged"}.get(what, what)
         if what == "FAILED":
             trial.cause = rest or ""
         elif what == "ended":
-            trial.cause = (rest or "").removeprefix("diverged ") + ": the loss was no number any more"
+            trial.cause = (rest or "").removeprefix("diverged ") + ": the loss became NaN or infinite"
 
 
-def read_manual(run, kind, words, cause):
-    """Puts a RESULT or FAILED line of the manual grid into run.trials; a combination that ran twice counts once."""
-    values = {key: value_of(value) for key, _, value in (word.partition("=") for word in words.split())}
-    loss, epoch, runtime = (finite_or_none(values.pop(key, None)) for key in ("eval_loss", "epoch", "runtime_s"))
+def combination(run, values):
+    """The row of a combination of the manual grid: one row, however its values are written."""
     name = " ".join(f"{key}={value}" for key, value in values.items())
     trial = run.trials.setdefault(name, Trial(name))
     trial.params |= values
-    trial.status, trial.cause, trial.runtime = "finished" if kind == "RESULT" else "FAILED", cause or "", runtime
-    trial.last = loss
+    return trial
+
+
+def read_manual(run, kind, words, cause):
+    """Puts a RESULT or FAILED line of the manual grid into run.trials; who ran twice counts once."""
+    values = assignments(words)
+    loss, epoch, runtime = (finite_or_none(values.pop(key, None))
+                            for key in ("eval_loss", "epoch", "runtime_s"))
+    trial = combination(run, values)
+    trial.status = "finished" if kind == "RESULT" else "FAILED"
+    trial.cause, trial.runtime, trial.last = cause or "", runtime, loss
     if loss is not None and not trial.reports:
         trial.reports = [(epoch or 0, loss)]
-    trial.epochs = max(trial.epochs, run.number("NUM_EPOCHS", epoch or 0)) if kind == "RESULT" else trial.epochs
+    if kind == "RESULT":
+        trial.epochs = max(trial.epochs, run.number("NUM_EPOCHS", epoch or 0))
     run.manual = True
+
+
+def read_rows(run, lines):
+    """Puts the rows of the manual grid's CSV into run.trials; the first line has the names."""
+    for row in csv.DictReader(lines):
+        if not {"lr", "eval_loss", "runtime_s"} <= set(row):
+            raise NotALog(f"{run.source}: is not the CSV of the manual grid (columns {GRID_CSV})")
+        words = (f"{key}={value}" for key, value in row.items() if key and value)
+        read_manual(run, "RESULT", " ".join(words), "")
 
 
 def read_best(text):
@@ -279,20 +323,21 @@ def read_best(text):
         found = ast.literal_eval(text) if len(text) < 20_000 else None
         params = found["config"].get("train_loop_config", found["config"])
         best = {key: finite_or_none(found.get(key)) for key in ("eval_loss", "epoch", "time_total_s")}
-        params = {str(key): value if isinstance(value, (int, float, str, type(None))) else str(value) for key, value in params.items()}
+        params = {str(key): value if isinstance(value, (int, float, str, type(None))) else str(value)
+                  for key, value in params.items()}
         return best | {"params": params} if best["eval_loss"] is not None else None
     except (ValueError, SyntaxError, TypeError, KeyError, AttributeError, RecursionError, MemoryError):
         return None
 
 
-def parse_log(path):
+def read_log(path):
     """The log of a head job or of the manual grid as a Run. Raises NotALog."""
     lines = read_text(path)
     run, earlier, block, in_settings, ours, role = Run(str(path)), {}, [], False, False, ""
     midnight, clock = 0, None
     for number, line in enumerate([*lines, ""]):
         boxed = line[:1] in ("+", "|", "╭", "│", "├", "╰", "╞") and (block or line[0] in "+╭")
-        if block and not (boxed and not (line[0] in "+╭" and block[-1][0] in "+╰")):  # it ends, or the next one begins
+        if block and not (boxed and not (line[0] in "+╭" and block[-1][0] in "+╰")):  # its end
             if read_table(run, block, earlier | run.trials):
                 run.has_table = ours = True
             block = []
@@ -309,7 +354,7 @@ def parse_log(path):
                     earlier |= {name: trial for name, trial in run.trials.items()}
                     for trial in earlier.values():
                         trial.start = trial.end = None
-                    run = Run(str(path), notes=["the log holds several runs of the job; this is the last one"])
+                    run = Run(str(path), notes=["the log has several runs of the job; this is the last one"])
                 run.job, run.start, run.zones = banner[1], moment, (banner[4], banner[4])
                 midnight, clock = 0, None
             elif run.start:
@@ -318,20 +363,20 @@ def parse_log(path):
             role, text = stamped[4], stamped[5]
             second = int(stamped[1]) * 3600 + int(stamped[2]) * 60 + int(stamped[3])
             if clock is None:
-                first = run.start.hour * 3600 + run.start.minute * 60 + run.start.second if run.start else second
-                clock = first
+                began = run.start
+                clock = first = began.hour * 3600 + began.minute * 60 + began.second if began else second
             if second + midnight - clock < -43200:
                 midnight += 86400
             clock = max(clock, second + midnight)
-            run.now = clock - first
+            run.now = max(run.now, clock - first)
             ours = ours or role in ("search", "head", "manual")
             in_settings = "settings" in text and text.rstrip().endswith(":")
             if role in ("search", "manual"):
                 if event := EVENT.match(text):
-                    read_event(run, event[1], event[2], event[3], run.now)
-                    if role == "manual":  # the name is the combination
-                        words = (word.partition("=") for word in event[1].split())
-                        run.trials[event[1]].params |= {key: value_of(value) for key, _, value in words}
+                    name = combination(run, assignments(event[1])).name if role == "manual" else event[1]
+                    read_event(run, name, event[2], event[3], run.now)
+                elif role == "manual" and (done := DONE_BEFORE.match(text)):  # keeps the ids
+                    combination(run, assignments(done[1])).status = "finished"
                 elif cluster := CLUSTER.match(text):
                     run.slots, run.on_gpus, run.cluster_at = float(cluster[1]), cluster[3] == "GPUs", run.now
             elif joined := JOINED.search(text):
@@ -340,6 +385,14 @@ def parse_log(path):
                 run.held[held[1]] = int(held[2])
             elif ended := re.match(r"ended with exit status (\d{1,3})", text):
                 run.exit_status = int(ended[1])
+        elif moment := RAY_NOW.match(line):
+            with contextlib.suppress(ValueError, TypeError):  # no such moment, or no START
+                since = datetime.datetime.fromisoformat(moment[1]) - run.start
+                run.now = max(run.now, since.total_seconds())
+        elif running := RAY_RUNNING.match(line):
+            run.running = max(run.running, int(running[1]))
+        elif gpus := RAY_GPUS.match(line):
+            run.on_gpus = run.on_gpus or float(gpus[1]) > 0
         elif in_settings and (setting := SETTING.match(line)):
             run.settings[setting[1]] = (setting[2] or "").strip()
         elif line.startswith("Best Trial Result:"):
@@ -349,72 +402,89 @@ def parse_log(path):
             read_manual(run, result[1], result[2], result[3])
             ours = True
         elif line == GRID_CSV:  # the grid's file at the end of its log: also results of earlier jobs
-            for row in csv.DictReader([line, *itertools.takewhile(re.compile(r"[\d.e+-]+,\d").match, lines[number + 1 :])]):
-                read_manual(run, "RESULT", " ".join(f"{key}={value}" for key, value in row.items() if key and value), "")
+            rows = itertools.takewhile(re.compile(r"[\d.e+-]+,\d").match, lines[number + 1 :])
+            read_rows(run, [line, *rows])
         elif gpus := re.match(r"GPUs: (\d{1,5})$", line):
             run.manual_gpus = int(gpus[1])
+    wanted = "logs/ray_head_bloom_5epochs-<jobid>.out"
     if role == "worker" and not ours:
-        raise NotALog(f"{path}: is the log of a worker job; give the head's, logs/ray_head_bloom_5epochs-<jobid>.out")
+        raise NotALog(f"{path}: is the log of a worker job; give the head's, {wanted}")
     if not ours and not run.start:
-        raise NotALog(f"{path}: is not the log of a search (no START line, no table of trials); give logs/ray_head_bloom_5epochs-<jobid>.out")
+        raise NotALog(f"{path}: is not the log of a search (no START, no table of trials); give {wanted}")
     run.manual = run.manual or role == "manual"
-    return settle(run)
+    return run
 
 
-def parse_csv(path):
-    """The CSV of the manual grid (lr, per_device_bs, wd, eval_loss, epoch, runtime_s) as a Run. Raises NotALog."""
-    run = Run(str(path), job=path.stem, manual=True, notes=["a CSV has no START and FINISH, no settings and no number of GPUs"])
-    for row in csv.DictReader(line for line in read_text(path) if line):
-        if not {"lr", "eval_loss", "runtime_s"} <= set(row):
-            raise NotALog(f"{path}: is not the CSV of the manual grid (columns lr, per_device_bs, wd, eval_loss, epoch, runtime_s)")
-        read_manual(run, "RESULT", " ".join(f"{key}={value}" for key, value in row.items() if key and value), "")
-    return settle(run)
+def read_csv(path):
+    """The CSV of the manual grid as a Run. Raises NotALog."""
+    run = Run(str(path), job=path.stem, manual=True,
+              notes=["a CSV has no START and FINISH, no settings and no number of GPUs"])
+    read_rows(run, [line for line in read_text(path) if line])
+    return run
 
 
-def parse_folder(folder):
-    """A run folder (runs/<jobid>) as a Run: values from tune/*/result.json, the rest from the job's log if it is there.
+def read_folder(folder):
+    """A run folder (runs/<jobid>) as a Run: values from result.json files, the rest from the log, if any.
 
     Raises NotALog if the folder holds no trial.
     """
     log = folder.resolve().parent.parent / "logs" / f"ray_head_bloom_5epochs-{folder.resolve().name}.out"
-    run = parse_log(log) if log.is_file() else Run(str(folder), job=folder.resolve().name)
+    run = read_log(log) if log.is_file() else Run(str(folder), job=folder.resolve().name)
     found = sorted(folder.glob("tune/*/params.json"))
     if not found:
-        raise NotALog(f"{folder}: is no run folder (no tune/<trial>/params.json in it); give runs/<jobid>, or a log")
+        raise NotALog(f"{folder}: not a run folder (no tune/<trial>/params.json); give runs/<jobid> or a log")
     run.source = str(folder)
     if not log.is_file():
-        run.notes.append(f"without the log {log.name}: no job times, and ends are told by the number of epochs")
+        run.notes.append(f"no log {log.name}: no job times; how a trial ended is told by its epochs")
     for path in found:
-        trial = run.trials.setdefault(path.parent.name, Trial(path.parent.name))
+        name, of_ray = path.parent.name, FOLDER_OF_RAY.fullmatch(path.parent.name)
+        name = of_ray[1] if of_ray and name not in run.trials else name
+        trial = run.trials.setdefault(name, Trial(name))
         try:
             params = json.loads(path.read_text(encoding="utf-8"))
             result = path.with_name("result.json")
             text = result.read_text(encoding="utf-8") if result.is_file() else ""
-            rows = [json.loads(line) for line in text.split("\n") if line.endswith("}")]  # not one half written
+            rows = [json.loads(line) for line in text.split("\n") if line.endswith("}")]  # whole ones
             trial.params = dict(params.get("train_loop_config", params))
-            trial.reports = list({float(row["epoch"]): float(row["eval_loss"]) for row in rows if "eval_loss" in row}.items())
+            losses = {float(row["epoch"]): float(row["eval_loss"]) for row in rows if "eval_loss" in row}
+            trial.reports = list(losses.items())
             if rows:
-                trial.last, trial.epochs, trial.runtime = trial.reports[-1][1], round(trial.reports[-1][0]), rows[-1]["time_total_s"]
+                epoch, trial.last = trial.reports[-1]
+                trial.epochs, trial.runtime = round(epoch), rows[-1]["time_total_s"]
                 trial.at = {float(row["epoch"]): row["time_total_s"] for row in rows}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            run.notes.append(f"{path.parent.name}: its results cannot be read ({type(error).__name__}); values are those of the log")
+            problem = type(error).__name__
+            run.notes.append(f"{name}: its results cannot be read ({problem}); values are those of the log")
         error_file = path.with_name("error.txt")
-        if error_file.is_file() and not trial.cause:
-            lines = [line.strip() for line in error_file.read_text(errors="replace").split("\n") if line.strip()]
-            trial.status, trial.cause = "FAILED", NOT_TEXT.sub("", lines[-1])[:200] if lines else "unknown"
+        if error_file.is_file() and (not trial.cause or trial.cause.startswith("see ")):
+            last = error_file.read_text(errors="replace").strip().split("\n")[-1].strip()
+            trial.status, trial.cause = "FAILED", NOT_TEXT.sub("", last)[:200] or "unknown"
         if not log.is_file():
             trial.status = trial.status or "ended"
+    return run
+
+
+def parse(text, exit_status=None):
+    """An input of the command line as a Run; with an exit status it finishes now. Raises NotALog."""
+    path = Path(text)
+    run = read_folder(path) if path.is_dir() else read_csv(path) if path.suffix == ".csv" else read_log(path)
+    if exit_status is not None:
+        run.exit_status = exit_status
+        finish_now(run)
     return settle(run)
 
 
-def parse(text):
-    """An input of the command line as a Run. Raises NotALog."""
-    path = Path(text)
-    return parse_folder(path) if path.is_dir() else parse_csv(path) if path.suffix == ".csv" else parse_log(path)
+def finish_now(run):
+    """Takes this moment as the job's FINISH, which the log of a job that still runs does not have yet."""
+    if not run.start:
+        return
+    moment, zone = time.strftime("%Y-%m-%d %H:%M:%S|%Z").split("|")  # as the job's own line writes it
+    run.finish, run.zones = datetime.datetime.fromisoformat(moment), (run.zones[0], zone)
+    settle_time(run)
 
 
-def settle(run):
-    """Fills in what follows from the rest: ends, numbers and order of trials, the best result, the job's seconds."""
+def settle_time(run):
+    """The seconds from START to FINISH, also if the clock was changed in between."""
     if run.finish:
         run.now = (run.finish - run.start).total_seconds()
         if run.zones[0] != run.zones[1]:
@@ -422,8 +492,14 @@ def settle(run):
             if all(offsets):
                 minutes = [int(o[1]) * 60 + int(o[1][0] + (o[2] or "0")) for o in offsets]
                 run.now -= (minutes[1] - minutes[0]) * 60
-            else:
-                run.notes.append(f"the clock was changed while the job ran ({run.zones[0]} to {run.zones[1]}): times may be an hour off")
+            elif not any(note.startswith("the clock") for note in run.notes):
+                run.notes.append(f"the clock was changed during the job ({' to '.join(run.zones)}): "
+                                 "times may be an hour off")
+
+
+def settle(run):
+    """Fills in what follows: the job's seconds, the trials' ends, ids and order, the best result."""
+    settle_time(run)
     trials = list(run.trials.values())
     full = run.number("NUM_EPOCHS", max((trial.epochs for trial in trials), default=0))
     for trial in trials:
@@ -433,7 +509,8 @@ def settle(run):
         if trial.status == "ended":
             bad = losses and not math.isfinite(losses[-1])
             trial.status = "diverged" if bad else "finished" if trial.epochs >= full else "stopped by ASHA"
-            trial.cause = trial.cause or (f"at epoch {trial.epochs}: the loss was no number any more" if bad else "")
+            if bad and not trial.cause:
+                trial.cause = f"at epoch {trial.epochs}: the loss became NaN or infinite"
         elif trial.status in ("", "running", "pending", "paused"):
             waiting = trial.status in ("pending", "paused") and trial.start is None
             ended = "not started" if waiting else "cut off"
@@ -445,14 +522,14 @@ def settle(run):
     numbers = [int(match[1]) for match in digits if match]
     numbered = len(set(numbers)) == len(trials) and not run.manual
     for position, trial in enumerate(trials):
-        trial.id = str(numbers[position] if numbered else position)
+        trial.id = str(1 + (numbers[position] if numbered else position))  # Ray counts from 0
     run.trials = {trial.name: trial for trial in sorted(trials, key=lambda trial: int(trial.id))}
     settle_best(run)
     return run
 
 
 def settle_best(run):
-    """The best result: the log's own line, else the lowest loss of all reports of trials that did not fail."""
+    """The best result: the log's own line, else the lowest loss of all reports of trials without error."""
     candidates = [(*min(t.finite()), t) for t in run.trials.values() if t.finite() and t.status != "FAILED"]
     best = min(candidates, key=lambda c: c[0], default=None)
     if run.best:
@@ -460,13 +537,15 @@ def settle_best(run):
             number = isinstance(a, (int, float)) and isinstance(b, (int, float))
             return math.isclose(a, b, rel_tol=1e-2) if number else str(a) == str(b)
 
-        near = [t for loss, _, t in candidates if math.isclose(loss, run.best["eval_loss"], rel_tol=1e-4, abs_tol=1e-5)]
-        near = [t for t in near if all(same(v, run.best["params"].get(k)) for k, v in t.params.items())] or near
+        loss, params = run.best["eval_loss"], run.best["params"]
+        near = [t for other, _, t in candidates if math.isclose(other, loss, rel_tol=1e-4, abs_tol=1e-5)]
+        near = [t for t in near if all(same(v, params.get(k)) for k, v in t.params.items())] or near
         run.best["trial"] = near[0] if near else None
     elif best:
         loss, epoch, trial = best
-        seconds = trial.runtime if epoch == trial.epochs and trial.runtime is not None else trial.at.get(epoch)
-        run.best = {"eval_loss": loss, "epoch": epoch, "time_total_s": seconds, "params": trial.params, "trial": trial}
+        last = epoch == trial.epochs and trial.runtime is not None
+        run.best = {"eval_loss": loss, "epoch": epoch, "params": trial.params, "trial": trial,
+                    "time_total_s": trial.runtime if last else trial.at.get(epoch)}
 
 
 def trials_at_once(run):
@@ -477,12 +556,13 @@ def trials_at_once(run):
     for _, step in edges:
         running += step
         most = max(most, running)
-    return int(sum(slots for _, _, slots, _ in run.nodes) or run.slots or most or 1)
+    return int(sum(slots for _, _, slots, _ in run.nodes) or run.slots or max(most, run.running, 1))
 
 
 def further_names(runs):
     """Names of hyperparameters beyond the exercise's three, in order of appearance."""
-    return list(dict.fromkeys(name for run in runs for t in run.trials.values() for name in t.params if name not in TITLES))
+    return list(dict.fromkeys(name for run in runs for t in run.trials.values() for name in t.params
+                              if name not in TITLES))
 
 
 def show(value):

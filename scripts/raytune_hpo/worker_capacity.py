@@ -4,10 +4,10 @@
     python worker_capacity.py                                  # the exercise's worker node: 20 CPUs, 8 GPUs
     python worker_capacity.py --Cnode 32 --Gnode 4 --nodes 3   # another one
     python worker_capacity.py --slots --Cnode 20 --Gnode 0     # the number alone, for scripts
-    python worker_capacity.py --job FILE.slurm                 # Cnode and Gnode from the #SBATCH lines of a job script
+    python worker_capacity.py --job FILE.slurm                 # Cnode and Gnode from a script's #SBATCH lines
 
-W, Cw and Gw come from WORKERS_PER_TRIAL, CPUS_PER_WORKER and GPUS_PER_WORKER unless given; Cnode and Gnode, inside a
-Slurm job or on a machine with GPUs, from there.
+Defaults: W, Cw and Gw are WORKERS_PER_TRIAL, CPUS_PER_WORKER and GPUS_PER_WORKER; Cnode and Gnode are those
+of the Slurm job or, if it has GPUs, of this machine.
 """
 
 import argparse
@@ -21,8 +21,8 @@ import sys
 def trials_at_once(W, Cw, Gw, Csys, Cnode, Gnode):
     """The largest T with Csys + T*W*Cw <= Cnode and T*W*Gw <= Gnode; never below 0.
 
-    W: workers per trial. Cw, Gw: CPUs and GPUs of each worker. Csys: CPUs left to Ray itself (raylet, object store).
-    Cnode, Gnode: CPUs and GPUs of the node. A trial that asks for no GPU is bound by the CPUs alone.
+    W: workers per trial. Cw, Gw: CPUs and GPUs of each worker. Csys: CPUs left to Ray itself (raylet, object
+    store). Cnode, Gnode: CPUs and GPUs of the node. A trial without GPUs is bound by the CPUs alone.
     """
     by_cpu = (Cnode - Csys) // (W * Cw)
     by_gpu = Gnode // (W * Gw) if Gw else by_cpu
@@ -30,10 +30,11 @@ def trials_at_once(W, Cw, Gw, Csys, Cnode, Gnode):
 
 
 def this_machine():
-    """(CPUs, GPUs, where from) of this node: of the Slurm allocation, or of a machine with GPUs, else the exercise's."""
+    """(CPUs, GPUs, source): of the Slurm job, of this machine if it has GPUs, else of the exercise's node."""
     env = os.environ
     if "SLURM_JOB_ID" in env:
-        return env.get("SLURM_CPUS_ON_NODE", os.cpu_count()), env.get("SLURM_GPUS_ON_NODE", 0), f"Slurm job {env['SLURM_JOB_ID']}"
+        cpus, gpus = env.get("SLURM_CPUS_ON_NODE", os.cpu_count()), env.get("SLURM_GPUS_ON_NODE", 0)
+        return cpus, gpus, f"Slurm job {env['SLURM_JOB_ID']}"
     if shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
         if gpus := listed.count("UUID"):
@@ -42,10 +43,10 @@ def this_machine():
 
 
 def asked_for(text):
-    """(CPUs, GPUs, whole): what the #SBATCH lines of a job script for one node with one task ask for; whole: --exclusive.
+    """(CPUs, GPUs, exclusive) that the #SBATCH lines of a job script for one node and one task ask for.
 
-    As sbatch reads them: the last of two lines counts, none after the first command, none with ## in front. GPUs may be
-    given as --gpus-per-node, --gpus, --gpus-per-task or --gres, with or without their type.
+    As sbatch reads them: the last of two lines counts, none after the first command, none with ## in front.
+    GPUs may be given as --gpus-per-node, --gpus, --gpus-per-task or --gres, with or without their type.
     """
     options = {}
     for line in text.splitlines():
@@ -53,7 +54,8 @@ def asked_for(text):
             break
         if match := re.match(r"#SBATCH\s+(?:--([a-z-]+)|-([cG]))(?:(?:=|\s+|(?<=-[cG]))([^\s#]\S*))?", line):
             options[match[1] or {"c": "cpus-per-task", "G": "gpus"}[match[2]]] = match[3] or ""
-    gpus = [re.search(r"(?:^|:)(\d+)$", options[name]) for name in ("gpus-per-node", "gpus", "gpus-per-task") if options.get(name)]
+    given = [options[name] for name in ("gpus-per-node", "gpus", "gpus-per-task") if options.get(name)]
+    gpus = [re.search(r"(?:^|:)(\d+)$", text) for text in given]
     counts = [int(gpu[1]) if gpu else 1 for gpu in gpus]
     for gres in options.get("gres", "").split(","):
         kind, _, count = gres.partition(":")
@@ -66,7 +68,8 @@ def main():
     """Prints the two inequalities with numbers; exit status 1 if not even one trial fits."""
     env = os.environ.get
     cpus, gpus, source = this_machine()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     for name, default, low, meaning in (
         ("W", env("WORKERS_PER_TRIAL", "2"), 1, "workers per trial"),
         ("Cw", env("CPUS_PER_WORKER", "2"), 1, "CPUs per worker"),
@@ -76,17 +79,20 @@ def main():
         ("Gnode", str(gpus), 0, "GPUs of a worker node"),
         ("nodes", "1", 1, "worker nodes"),
     ):
-        parser.add_argument(f"--{name}", type=whole_number(low), default=default, help=f"{meaning} (default {default})")
+        parser.add_argument(f"--{name}", type=whole_number(low), default=default,
+                            help=f"{meaning} (default {default})")
     parser.add_argument("--slots", action="store_true", help="print T alone")
-    parser.add_argument("--job", metavar="FILE", help="a job script: Cnode and Gnode are what its #SBATCH lines ask for")
+    parser.add_argument("--job", metavar="FILE",
+                        help="a job script: Cnode and Gnode are what its #SBATCH lines ask for")
     a = parser.parse_args()
     if a.job:
         with open(a.job, encoding="utf-8") as file:
             a.Cnode, a.Gnode, whole = asked_for(file.read())
-        if a.Gnode == 0 and "GPUS_PER_WORKER" not in os.environ:  # nodes without GPUs: a trial asks for none, unless told to
+        # nodes without GPUs: a trial asks for none, unless told to
+        if a.Gnode == 0 and "GPUS_PER_WORKER" not in os.environ:
             a.Gw = 0
         if whole:
-            print("capacity: a worker takes its whole node (--exclusive); it counts CPUs and GPUs when it starts")
+            print("capacity: a worker has a whole node (--exclusive); it counts CPUs and GPUs when it starts")
             return 0
     T = trials_at_once(a.W, a.Cw, a.Gw, a.Csys, a.Cnode, a.Gnode)
     if a.slots:
@@ -99,12 +105,12 @@ def main():
     more_cpus, more_gpus = a.Csys + (T + 1) * a.W * a.Cw - a.Cnode, (T + 1) * a.W * a.Gw - a.Gnode
     needs = [f"{n} more {what}" for n, what in ((more_cpus, "CPUs"), (more_gpus, "GPUs")) if n > 0]
     bound = "CPUs and GPUs" if len(needs) == 2 else needs[0].split()[-1]
-    print(f"  bound by {bound}: one more trial needs {' and '.join(needs)} a node{cheaper(a, T + 1, more_cpus, more_gpus)}")
+    print(f"  bound by {bound}: one more trial needs {' and '.join(needs)} a node"
+          + cheaper(a, T + 1, more_cpus, more_gpus))
     if T == 0:
-        print(
-            f"ERROR: one trial (WORKERS_PER_TRIAL={a.W} CPUS_PER_WORKER={a.Cw} GPUS_PER_WORKER={a.Gw}) does not fit on a "
-            f"node with {a.Cnode} CPUs and {a.Gnode} GPUs; lower these, or ask Slurm for larger nodes"
-        )
+        asked = f"WORKERS_PER_TRIAL={a.W} CPUS_PER_WORKER={a.Cw} GPUS_PER_WORKER={a.Gw}"
+        print(f"ERROR: one trial ({asked}) does not fit on a node with {a.Cnode} CPUs and {a.Gnode} GPUs; "
+              "lower these, or ask Slurm for larger nodes")
         return 1
     return 0
 
@@ -120,7 +126,7 @@ def inequalities(a, t):
 
 
 def cheaper(a, t, more_cpus, more_gpus):
-    """What to lower so that t trials fit on the same node: ", or CPUS_PER_WORKER=1"; empty if nothing alone is enough."""
+    """What to lower so that t trials fit on the same node: ", or CPUS_PER_WORKER=1"; else empty."""
     Cw = (a.Cnode - a.Csys) // (t * a.W)  # the most CPUs per worker with which t trials fit
     return f", or CPUS_PER_WORKER={Cw}" if more_cpus > 0 >= more_gpus and Cw >= 1 else ""
 

@@ -26,7 +26,7 @@ GRACE_SECONDS = 2  # after the first failure, for the one that caused it
 
 
 def improve(plan, trial_class=None):
-    """Replaces the plan's trial by a warm one, of a class of its own in raytune_pbt_hpo.py."""
+    """Replaces the plan's trial by a warm one; raytune_pbt_hpo.py has a class of its own."""
     context = plan.context
     place = [{"trial_slot": 1}, *[context.worker] * context.s.WORKERS_PER_TRIAL]
     plan.trainable = tune.with_resources(
@@ -72,10 +72,9 @@ class WarmTrial(tune.Trainable):
             address = ray.get(self.processes[0].open_store.remote(), timeout=JOIN_SECONDS)
             self.of_all("join", address)
         self.diverged, self.started = False, True
-        self.of_all("start", self.context.train_loop, self.loop_config())
-
-    def loop_config(self):
-        return self.config["train_loop_config"] | {"settings": self.context.s, "data": self.context.data}
+        context = self.context
+        config = self.config["train_loop_config"] | {"settings": context.s, "data": context.data}
+        self.of_all("start", context.loop, config)
 
     def new_processes(self):
         place, worker = ray.util.get_current_placement_group(), self.context.worker

@@ -1,7 +1,7 @@
-"""What outlives a process. Without this file a lost node fails its trials, and RESUME starts a run from the beginning.
+"""RESUME and lost nodes. Without this file a run cannot be continued, and a lost node costs its trials.
 
-In the run folder: settings.json (with which settings to continue), reports.jsonl (each report and ASHA's decision
-on it, so that a continued run knows its rungs). Ray itself saves the trials (tune/), but not their scheduler.
+In the run folder: settings.json, with which a run is continued, and reports.jsonl, each report with ASHA's
+decision on it, from which a continued run knows its rungs. Ray saves the trials (tune/), not their scheduler.
 """
 
 import json
@@ -24,21 +24,25 @@ TESTED = ("2.60.0",)  # versions of Ray in which should_recover below decides on
 def improve(plan):
     """Makes the plan one that can be continued; continues it if its run folder holds an earlier part."""
     s, run_dir = plan.context.s, plan.context.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
     save_settings(s, run_dir / "settings.json")
     # Seconds between two saves, from which a run is continued. A save takes longer the more trials there are.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(max(0.5, s.NUM_SAMPLES / 100)))
-    if isinstance(plan.tune_config.scheduler, (AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule)):
+    if type(plan.tune_config.scheduler) in (AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule):
         plan.tune_config.scheduler = Remembering(plan.tune_config.scheduler, run_dir / "reports.jsonl")
     if ray.__version__ in TESTED:
         Trial.should_recover = lost_with_its_node
         plan.run_config.failure_config = tune.FailureConfig(max_failures=RESTARTS)
     else:
-        say(f"Ray {ray.__version__} is not one of {', '.join(TESTED)}: a trial whose node is lost counts as failed")
+        say(f"Ray {ray.__version__} is not {' or '.join(TESTED)}: a trial fails if its node is lost")
     if (saved := newest_state(run_dir / "tune")) is not None:
         plan.make_tuner = lambda trainable, param_space, **_: tune.Tuner.restore(
             str(saved), trainable, resume_unfinished=True, restart_errored=True, param_space=param_space
         )
         say(f"continues the run in {run_dir}: finished and stopped trials stay as they are")
+    elif (run_dir / "reports.jsonl").exists():
+        (run_dir / "reports.jsonl").unlink()
+        say(f"starts the run in {run_dir} over: Ray has saved no trial there")
 
 
 def save_settings(s, path):
@@ -53,7 +57,7 @@ def save_settings(s, path):
 
 
 def newest_state(folder):
-    """The folder if Ray has saved trials there; None otherwise. A save that was cut off by a kill is removed."""
+    """The folder if Ray has saved trials there, else None. A save that a kill has cut off is removed."""
     for path in sorted(folder.glob("experiment_state-*.json"), reverse=True):
         try:
             json.loads(path.read_text())
@@ -65,16 +69,17 @@ def newest_state(folder):
 
 def lost_with_its_node(trial):
     """Does a trial that ended with an error start again? An error in the training would only come again."""
-    error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()) if trial.pickled_error_file else None
+    file = trial.pickled_error_file
+    error = cloudpickle.loads(Path(file).read_bytes()) if file else None
     return trial.run_metadata.num_failures <= trial.max_failures and isinstance(error, RayActorError)
 
 
 class Remembering(TrialScheduler):
     """A scheduler whose decisions outlive the process.
 
-    Each report and the decision on it is a line of the journal. When a run is continued the scheduler is told all
-    of them once more, in order, so its rungs are what they were. A trial that runs again gets the decisions that
-    it had at the same epochs.
+    Each report and the decision on it is a line of the journal. When a run is continued, the scheduler is
+    told all of them once more, in order, so its rungs are what they were. A trial that runs again gets the
+    decisions that it had at the same epochs.
     """
 
     def __init__(self, scheduler, journal):
@@ -99,7 +104,7 @@ class Remembering(TrialScheduler):
         self.scheduler.on_trial_add(controller, trial)
 
     def on_trial_result(self, controller, trial, result):
-        row = {key: result[key] for key in ("epoch", "eval_loss", "training_iteration")} | {"trial_id": trial.trial_id}
+        row = {key: result[key] for key in ("trial_id", "epoch", "eval_loss", "training_iteration")}
         key = (row["trial_id"], row["epoch"])
         if key not in self.decisions:
             self.decisions[key] = self.scheduler.on_trial_result(controller, trial, result)
@@ -126,7 +131,7 @@ class Remembering(TrialScheduler):
 
 
 def read_journal(path):
-    """The rows of the journal. A last line that was cut off by a kill or a full disk is removed from the file."""
+    """The rows of the journal. A last line that a kill or a full disk has cut off is removed from it."""
     if not path.exists():
         return []
     lines, rows = path.read_text().splitlines(keepends=True), []

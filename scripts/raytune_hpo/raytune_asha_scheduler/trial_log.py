@@ -1,6 +1,6 @@
-"""The log's lines about trials. Without this file it shows Ray's own status table every 30 s, and no line a report.
+"""The log's lines about trials. Without this file the log has Ray's status table every 30 s instead.
 
-One line for each start, report and end of a trial, one boxed table at the end, and the cause of each failure.
+One line for each start, report and end of a trial, with the cause of a failure; one boxed table at the end.
 """
 
 import contextlib
@@ -8,70 +8,93 @@ import io
 import logging
 import math
 import re
-import sys
 from pathlib import Path
 
 from ray import tune
 from raytune_asha_hpo import say
 
 MANY_TRIALS = 100  # with more, one line a trial, at its end, and one for each tenth of them
+SHORT_NAMES = {"AsyncHyperBandScheduler": "ASHA"}  # Ray's own name of the class is the older one
 
 
 def improve(plan):
     """Adds the lines and the table to the plan."""
-    # A failed trial's cause is told below and its trace is in error.txt.
+    # What Ray logs of a failed trial is told below, and its trace is in error.txt.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    s = plan.context.s
-    plan.run_config.callbacks.append(TrialLines(s, type(plan.tune_config.scheduler).__name__))
+    chosen = plan.tune_config.scheduler
+    name = type(getattr(chosen, "scheduler", chosen)).__name__
+    plan.run_config.callbacks.append(TrialLines(plan.context.s, SHORT_NAMES.get(name, name)))
+    columns = {"training_iteration": "iter", "time_total_s": "total time (s)", "eval_loss": "eval_loss"}
     plan.run_config.progress_reporter = FinalTable(
-        metric_columns={"training_iteration": "iter", "time_total_s": "total time (s)", "eval_loss": "eval_loss"},
+        metric_columns=columns,
         max_column_length=40,
-        max_progress_rows=s.NUM_SAMPLES,
+        max_progress_rows=plan.context.s.NUM_SAMPLES,
         max_error_rows=0,
     )
+    numbers = Numbers(plan.context.run_dir / "tune")
+    plan.tune_config.trial_name_creator = lambda trial: f"TorchTrainer_{numbers.numbered(trial.trial_id)}"
+
+
+class Numbers:
+    """Numbers trials in the order drawn: 00000, 00001, ... Most search algorithms do not."""
+
+    def __init__(self, folder):
+        self.folder, self.next = folder, None
+
+    def numbered(self, trial_id):
+        if re.fullmatch(r"\w+_\d{5}", trial_id):
+            return trial_id
+        if self.next is None:  # in a continued run after those of its earlier part
+            self.next = len(list(self.folder.glob("TorchTrainer_*")))
+        self.next += 1
+        return f"{trial_id[:5]}_{self.next - 1:05d}"
 
 
 class TrialLines(tune.Callback):
     """One line for each event of a trial."""
 
     def __init__(self, s, scheduler):
-        self.s, self.many = s, s.NUM_SAMPLES > MANY_TRIALS
-        self.scheduler = "ASHA"
-        self.ended, self.best = set(), math.inf
+        self.s, self.scheduler, self.best = s, scheduler, math.inf
+        self.many = s.NUM_SAMPLES > MANY_TRIALS
 
     def drawn(self, trial):
         values = trial.config["train_loop_config"].items()
-        return "  ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in values)
+        return "  ".join(f"{name} {x:.3g}" if isinstance(x, float) else f"{name} {x}" for name, x in values)
 
     def on_trial_start(self, iteration, trials, trial, **info):
         if not self.many:
             say(f"{trial}  started    {self.drawn(trial)}")
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
-        self.best = min(self.best, result["eval_loss"])  # keeps the first of the two if the second is NaN
+        self.best = min(self.best, result["eval_loss"])  # min() keeps its first argument if the second is NaN
         if not self.many:
-            say(f"{trial}  epoch {result['epoch']:g}/{self.s.NUM_EPOCHS}  eval_loss {result['eval_loss']:.5f}")
+            epoch, loss = result["epoch"], result["eval_loss"]
+            say(f"{trial}  epoch {epoch:g}/{self.s.NUM_EPOCHS}  eval_loss {loss:.5f}")
 
     def on_trial_complete(self, iteration, trials, trial, **info):
-        loss, epoch = trial.last_result.get("eval_loss", math.nan), trial.last_result.get("epoch", 0)
+        last = trial.last_result
+        loss, epoch = last.get("eval_loss", math.nan), last.get("epoch", 0)
         if not math.isfinite(loss):
             end = f"ended      diverged at epoch {epoch:g}"
+        elif epoch >= self.s.NUM_EPOCHS:
+            end = "finished   all epochs"
         else:
-            end = "finished   all epochs" if epoch >= self.s.NUM_EPOCHS else f"stopped    by {self.scheduler} after epoch {epoch:g}"
+            end = f"stopped    by {self.scheduler} after epoch {epoch:g}"
         if self.many:
-            end += f"  eval_loss {loss:.5f}  seconds {trial.last_result.get('time_total_s', 0):.1f}  {self.drawn(trial)}"
+            end += f"  eval_loss {loss:.5f}  seconds {last.get('time_total_s', 0):.1f}  {self.drawn(trial)}"
         say(f"{trial}  {end}")
         self.count(trials)
 
     def on_trial_recover(self, iteration, trials, trial, **info):
-        say(f"{trial}  lost       with its node ({trial.run_metadata.num_failures} of at most {trial.max_failures} times); starts again")
+        times = f"{trial.run_metadata.num_failures} of at most {trial.max_failures} times"
+        say(f"{trial}  lost       with its node ({times}); starts again")
 
     def on_trial_error(self, iteration, trials, trial, **info):
         say(f"{trial}  FAILED     {cause_of(Path(trial.error_file).read_text() if trial.error_file else '')}")
         self.count(trials)
 
     def count(self, trials):
-        ended = sum(trial.is_finished() for trial in trials) if self.many else 0
+        ended = sum(each.is_finished() for each in trials) if self.many else 0
         if ended and ended % (self.s.NUM_SAMPLES // 10) == 0:
             say(f"{ended} of {self.s.NUM_SAMPLES} trials have ended, the lowest eval_loss is {self.best:.5f}")
 
@@ -86,12 +109,13 @@ class FinalTable(tune.CLIReporter):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             super().report(sorted(trials, key=str), done, *system_info)
-        lines = printed.getvalue().split("Number of errored trials")[0].splitlines()
-        print(*(line for line in lines if line.startswith(("+", "|", "Number of trials"))), sep="\n", flush=True)
+        text = printed.getvalue().split("Number of errored trials")[0]  # those have lines of their own
+        lines = [line for line in text.splitlines() if line.startswith(("+", "|", "Number of trials"))]
+        print(*lines, sep="\n", flush=True)
 
 
 def cause_of(error_text):
-    """The line of a trace that names the error, such as "ValueError: ...": the innermost cause stands last."""
+    """The line of a trace that names the error, such as "ValueError: ...": the innermost is the last."""
     lines = [line.strip() for line in error_text.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     return (named or lines or ["unknown"])[-1][:200]

@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""Population based training (PBT): the search of raytune_asha_hpo.py with another scheduler and with checkpoints.
+"""Population based training (PBT): the search of raytune_asha_hpo.py with another scheduler and checkpoints.
 
-Read raytune_asha_hpo.py first: data, objective, search space and variables are the same. Here no trial is stopped.
-After an epoch, a trial in the worst quarter copies one in the best, weights and all, and goes on from there with
-slightly different hyperparameters. While the search runs, the last checkpoint of each trial is kept, 8 GB for
-BLOOM-560M, and each from which a trial is about to go on; at the end, none.
+Read that file first: data, objective, search space and variables are the same. Here no trial is stopped.
+After an epoch, a trial in the worst quarter copies one in the best, weights and all, and continues from there
+with slightly different hyperparameters. While the search runs, the last checkpoint of each trial is kept (8 GB
+for BLOOM-560M), and those from which a trial is about to continue; at the end, none.
 
     cd experiments/raytune/scheduler/asha
     export SEARCH_SCRIPT=../../../../scripts/raytune_hpo/raytune_pbt_scheduler/raytune_pbt_hpo.py
     NUM_SAMPLES=4 sbatch head_node_raytune_asha_hpo.slurm
 
-Without the head script: export PYTHONPATH=<folder of raytune_asha_hpo.py>, then as described there.
+By hand: as in raytune_asha_hpo.py, after  export PYTHONPATH=$PWD/../raytune_asha_scheduler  in this folder.
 """
 
+import functools
 import os
 import random
 import shutil
@@ -28,14 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "raytune_asha_sched
 import fast_trials
 import raytune_asha_hpo as lesson
 
-# ==========================================================================================================
-# SCHEDULER: edit here
-# ==========================================================================================================
+# ---- SCHEDULER: edit here ----------------------------------------------------------------------------------
 INTERVAL = 1  # epochs from one comparison to the next
 
 
 def mutations(s):
-    """What a copy changes. A list: to a neighbour. Else: times 0.8 or 1.2. In one of four cases: drawn again."""
+    """What a copy changes: a number by 20 %, a choice to its neighbour; one time in four it draws anew."""
     return {"lr": tune.loguniform(s.LR_LOWER, s.LR_UPPER), "wd": s.WD_CHOICES}
 
 
@@ -49,30 +48,36 @@ def scheduler(s):
     )
 
 
+def check(s):
+    """Ends the script, before anything starts, if `mutations` names what a copy cannot change."""
+    for name in mutations(s):
+        if name in ("per_device_bs", "gradient_accumulation_steps"):
+            sys.exit(f"ERROR: mutations: {name!r} sets the steps of an epoch: it cannot change in between")
+        if name not in lesson.search_space(s)["train_loop_config"]:
+            sys.exit(f"ERROR: mutations: {name!r} is not in the search space; add it in raytune_asha_hpo.py")
+
+
 def improve(plan):
     """Changes the lesson's plan of a search: another scheduler, and trials with checkpoints."""
     s = plan.context.s
     random.seed(s.SEED)  # PBT draws from both
     numpy.random.seed(s.SEED)
     plan.tune_config.scheduler = scheduler(s)
-    plan.context.train_loop = train_loop_per_worker
     fast_trials.improve(plan, PbtTrial)
     plan.run_config.checkpoint_config = tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=False)
     plan.run_config.callbacks.append(Checkpoints(plan.context.run_dir / "checkpoints"))
 
 
-# ==========================================================================================================
-# Trial: trains from a checkpoint, its own or another trial's, to the next one
-# ==========================================================================================================
-def train_loop_per_worker(config):
-    """The lesson's, but a report waits until the epoch's checkpoint is written, and names its folder."""
+# ---- Trial: trains from a checkpoint, its own or another trial's, to the next one --------------------------
+def train_loop_per_worker(config, folder, start_from=None):
+    """The lesson's, but it reports when the epoch's checkpoint lies in the folder, and says where."""
     from transformers import TrainerCallback
 
     report, evaluated = config["report"], {}
 
     class Checkpointing(TrainerCallback):
         def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
-            """The checkpoint has been loaded, hyperparameters included. These are replaced by the trial's own."""
+            """The checkpoint is loaded. Its hyperparameters are the donor's: the drawn ones replace them."""
             for group, its_lr in zip(optimizer.param_groups, lr_scheduler.base_lrs, strict=True):
                 group["lr"] *= args.learning_rate / its_lr  # stays at its place in the schedule
                 group["initial_lr"] = args.learning_rate
@@ -81,13 +86,14 @@ def train_loop_per_worker(config):
             lr_scheduler.base_lrs = [args.learning_rate] * len(optimizer.param_groups)
 
         def on_save(self, args, state, control, **kwargs):
-            report(evaluated | {"checkpoint": f"{args.output_dir}/checkpoint-{state.global_step}"})
+            report(evaluated | {"checkpoint": f"{folder}/checkpoint-{state.global_step}"})
 
-    lesson.train_loop_per_worker(config | {"report": evaluated.update, "callbacks": [Checkpointing()]})
+    config |= {"report": evaluated.update, "callbacks": [Checkpointing()], "save_strategy": "epoch"}
+    lesson.train_loop_per_worker(config | {"output_dir": folder, "resume_from_checkpoint": start_from})
 
 
 class PbtTrial(fast_trials.WarmTrial):
-    """The Trainer writes the checkpoints. What Tune saves and copies is the name of the folder."""
+    """The Trainer writes the checkpoints. What Tune saves, and hands to a copy, is the folder's name."""
 
     def reset_config(self, new_config):
         self.start_from = None
@@ -99,12 +105,12 @@ class PbtTrial(fast_trials.WarmTrial):
     def load_checkpoint(self, checkpoint):
         self.start_from = checkpoint["folder"]
 
-    def loop_config(self):
+    def start(self):
         folder = self.context.run_dir / "checkpoints" / self.trial_id
         folder.mkdir(parents=True, exist_ok=True)
         new = tempfile.mkdtemp(dir=folder)  # one for each start, so that no checkpoint is overwritten
-        saving = {"save_strategy": "epoch", "output_dir": new, "resume_from_checkpoint": self.start_from}
-        return super().loop_config() | saving
+        self.context.loop = functools.partial(train_loop_per_worker, folder=new, start_from=self.start_from)
+        super().start()
 
 
 class Checkpoints(tune.Callback):
@@ -126,10 +132,11 @@ class Checkpoints(tune.Callback):
         self.saved.append(result["checkpoint"])
 
     def on_trial_save(self, iteration, trials, trial, **info):
-        live = [each for each in trials if each.status != each.TERMINATED]
-        needed = {starts_from(each) for each in live}
-        for each in live:  # PBT copies what it saw at its last comparison
-            needed.update([folder for folder in self.saved if f"/{each.trial_id}/" in folder][-INTERVAL:])
+        needed = set()
+        for each in trials:
+            if each.status != each.TERMINATED:  # it may be continued, or copied as it was at a comparison
+                own = [folder for folder in self.saved if f"/{each.trial_id}/" in folder]
+                needed.update([starts_from(each), *own[-INTERVAL:]])
         for folder in set(self.saved) - needed:
             self.saved.remove(folder)
             shutil.rmtree(folder, ignore_errors=True)
@@ -144,16 +151,7 @@ def starts_from(trial):
     return trial.latest_checkpoint_result.metrics["checkpoint"] if trial.latest_checkpoint_result else ""
 
 
-def check(s):
-    """Ends the script, before anything starts, if `mutations` names what a copy cannot change."""
-    for name in mutations(s):
-        if name in ("per_device_bs", "gradient_accumulation_steps"):
-            sys.exit(f"ERROR: mutations: {name!r} sets the steps of an epoch, so it cannot change within a training")
-        if name not in lesson.search_space(s)["train_loop_config"]:
-            sys.exit(f"ERROR: mutations: {name!r} is not in the search space; add it there (raytune_asha_hpo.py)")
-
-
 if __name__ == "__main__":
     check(lesson.read_settings(os.environ))
     lesson.NEIGHBOURS = ["run_state", "raytune_pbt_hpo", "trial_log"]
-    sys.exit(lesson.main())
+    lesson.main()

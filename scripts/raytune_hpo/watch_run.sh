@@ -1,0 +1,222 @@
+# shellcheck shell=bash
+# What the head watches while a run is under way: its worker jobs, Ray, the disk, the search; and the run it continues.
+# Without this file a run that goes well goes just as well. Sourced by head_node_raytune_asha_hpo.slurm, after ray_job.sh.
+
+WORKER_JOBS=()                                         # ids of the worker jobs, in the order of their submission
+REPLACEMENTS=3                                         # worker jobs submitted in place of ones that ended too early
+REPLACED=0
+declare -A ANNOUNCED=() ENDED=() TOLD=()               # workers that joined; that ended too early; reasons told
+QUEUE=""                                               # "job state reason" of the workers that have not ended, as of the last look
+NEXT_LOOK=0 NEXT_WRITE=0                               # seconds; when to look at the queue and at the disk again
+LAST_SERVED=0 MINUTES_TOLD=0                           # seconds when a worker last served trials; minutes of waiting told
+
+# ---- Which run is it? ------------------------------------------------------------------------------------------------
+which_run() {                                          # a new one, or one to continue: then RESUME becomes its folder
+    local folder other
+    if [[ ${SLURM_RESTART_COUNT:-0} != 0 ]]; then      # Slurm has requeued this job
+        for folder in "$EXERCISE/runs/$JOB" "$EXERCISE/runs/$JOB"-*; do
+            if [[ -e $folder/settings.json && $(<"$folder/job") == "$JOB" ]]; then RESUME=$folder; fi
+        done
+    fi
+    [[ -n ${RESUME:-} ]] || return 0
+    [[ -d $RESUME || ! -d $EXERCISE/$RESUME ]] || RESUME=$EXERCISE/$RESUME
+    [[ -d $RESUME ]] || return 0                       # check_inputs.py says that it is not there
+    RESUME=$(cd -P "$RESUME" && pwd)
+    export RESUME
+    [[ ${RESUME%/*} == "$EXERCISE/runs" ]] || fail "RESUME=$RESUME: is not a folder of $EXERCISE/runs; give runs/<jobid>"
+    other=$(cat "$RESUME/job" 2>/dev/null) || return 0
+    if { [[ $other != "$JOB" ]] && squeue --noheader --me --format=%i 2>/dev/null | grep -qx "$other"; } ||
+        grep -qzsF "HPO_OWNER=$RESUME " /proc/[0-9]*/environ; then
+        fail "RESUME=$RESUME: job $other still works on this run; wait for its end, or scancel $other"
+    fi
+    rm -f "$RESUME"/{shutdown.txt,address} "$RESUME"/joined-*
+}
+
+# ---- The search ------------------------------------------------------------------------------------------------------
+watch_search() {                                       # until the search ends; returns its exit status
+    local status=0
+    LAST_SERVED=$SECONDS
+    while kill -0 "$DRIVER" 2>/dev/null; do
+        sleep 1 &
+        wait -n "$DRIVER" "$RAY" $! 2>/dev/null || true   # whichever ends first
+        if ! run_can_go_on; then
+            kill "$DRIVER" 2>/dev/null
+            sleep 5 &
+            wait -n "$DRIVER" $! 2>/dev/null           # before_finish kills a search that does not end
+            return 1
+        fi
+    done
+    { wait "$DRIVER" || status=$?; } 2>/dev/null       # without bash's own line about a killed process
+    ((status == 0)) || say_why_it_failed "$status"
+    return "$status"
+}
+
+run_can_go_on() {
+    if ! kill -0 "$RAY" 2>/dev/null; then
+        say "the Ray head ended$(likely_cause); its last words are in $RAY_LOG"
+        return 1
+    elif ! room_is_left; then
+        echo "ERROR: $(no_room "$RUN_DIR")"
+        return 1
+    elif on_slurm; then
+        announce_workers
+        mind_workers
+    fi
+}
+
+room_is_left() {                                       # in the run folder: Ray does not stop when a disk is full, it loses files
+    ((SECONDS >= NEXT_WRITE)) || return 0
+    NEXT_WRITE=$((SECONDS + 10))
+    local status=0
+    { head -c 65536 /dev/zero >"$RUN_DIR/room" || status=1; } 2>/dev/null
+    rm -f "$RUN_DIR/room"
+    return "$status"
+}
+
+say_why_it_failed() {                                  # say_why_it_failed STATUS: one line; the trace is for programmers
+    local errors=$RAY_TMP/search.err cause='^[A-Za-z_.]+(Error|Exception)\b'
+    NEXT_WRITE=0
+    if ! room_is_left; then
+        echo "ERROR: $(no_room "$RUN_DIR")"
+    elif (($1 > 128)); then
+        say "the search was ended by signal $(($1 - 128))$( (($1 != 137)) || echo ": out of memory?")"
+    elif ! grep '^ERROR: ' "$errors" && grep -qE "$cause" "$errors"; then
+        cp "$errors" "$RUN_DIR" 2>/dev/null
+        echo "ERROR: the search failed: $(grep -E "$cause" "$errors" | tail -n 1 | cut -c1-300) (full trace: $RUN_DIR/search.err)"
+    fi
+}
+
+# ---- The worker jobs -------------------------------------------------------------------------------------------------
+queued_workers() {                                     # prints QUEUE anew; 1: Slurm is busy
+    local queue
+    ((${#WORKER_JOBS[@]} > 0)) || return 0
+    queue=$(squeue --noheader --me --format='%i %T %r' 2>/dev/null) || return 1
+    grep -E "^($(IFS='|'; echo "${WORKER_JOBS[*]}")) " <<<"$queue" || true
+}
+
+look_at_queue() {                                      # sets QUEUE, every ten seconds; 1: not now, or Slurm is busy
+    local job state reason
+    ((SECONDS >= NEXT_LOOK)) || return 1
+    NEXT_LOOK=$((SECONDS + 10))
+    QUEUE=$(queued_workers) || return 1
+    while read -r job state reason; do                 # why a worker does not start yet, each reason once
+        [[ $state == PENDING && $reason != None && -z ${TOLD[$job $reason]:-} ]] || continue
+        TOLD[$job $reason]=yes
+        say "worker job $job is PENDING: $reason (what that means: TROUBLESHOOTING.md)"
+    done <<<"$QUEUE"
+}
+
+tell_who_ended() {                                     # tell_who_ended JOB...: those that are no longer in the queue, each once
+    local job
+    for job in "$@"; do
+        if [[ -n ${ENDED[$job]:-} ]] || grep -q "^$job " <<<"$QUEUE"; then continue; fi
+        ENDED[$job]=yes
+        say "worker job $job has ended before the search: $(last_words "$job")"
+    done
+}
+
+last_words() {                                         # of a worker job: its error, or where to look
+    local log=logs/ray_worker_bloom_5epochs-$1.out
+    grep -h '^ERROR' "$EXERCISE/$log" 2>/dev/null | tail -n 1 | grep . || echo "see $log"
+}
+
+one_has_joined() { compgen -G "$RUN_DIR/joined-*" >/dev/null; }
+
+a_worker_joined() {                                    # for wait_until
+    one_has_joined && return 0
+    # If the search or Ray has ended there is nothing to wait for; watch_search tells why.
+    { kill -0 "$DRIVER" && kill -0 "$RAY"; } 2>/dev/null || return 0
+    look_at_queue || return 1
+    tell_who_ended "${WORKER_JOBS[@]:0:${#WORKER_JOBS[@]}-1}"
+    [[ -n $QUEUE ]] || one_has_joined ||
+        fail "no worker joined and none is queued; the last one says: $(last_words "${WORKER_JOBS[-1]}")"
+    return 1
+}
+
+announce_workers() {                                   # "worker 1/2 joined", once each
+    local file job
+    for file in "$RUN_DIR"/joined-*; do
+        [[ -e $file && -z ${ANNOUNCED[$file]:-} ]] || continue
+        ANNOUNCED[$file]=yes
+        job=${file##*/joined-}
+        [[ " ${WORKER_JOBS[*]} " == *" $job "* ]] || WORKER_JOBS+=("$job")   # a user has submitted it: now it is ours
+        say "worker ${#ANNOUNCED[@]}/${#WORKER_JOBS[@]} joined: $(<"$file")"
+    done
+}
+
+# Replaces workers that ended too early, REPLACEMENTS times in all; their trials start again on other nodes by themselves.
+# 1: no worker can come any more, or none has served for WORKER_DEADLINE seconds.
+mind_workers() {
+    local job serving="" waited
+    look_at_queue || return 0
+    tell_who_ended "${WORKER_JOBS[@]}"
+    while ((REPLACED < ${#ENDED[@]} && REPLACED < REPLACEMENTS)); do
+        REPLACED=$((REPLACED + 1))
+        submit_worker || say "sbatch refused to replace it (its message is above)"
+    done
+    for job in "${WORKER_JOBS[@]}"; do
+        [[ ! -e $RUN_DIR/joined-$job ]] || ! grep -q "^$job RUNNING" <<<"$QUEUE" || serving=yes
+    done
+    waited=$((SECONDS - LAST_SERVED))
+    if [[ -n $serving ]]; then
+        LAST_SERVED=$SECONDS
+        MINUTES_TOLD=0
+    elif ((${#ENDED[@]} == ${#WORKER_JOBS[@]})); then
+        say "no worker is left, and $REPLACEMENTS have been replaced already"
+        return 1
+    elif ((waited > WORKER_DEADLINE)); then
+        say "waited $WORKER_DEADLINE s (WORKER_DEADLINE) for another worker; giving up"
+        return 1
+    elif ((waited / 60 > MINUTES_TOLD)); then
+        MINUTES_TOLD=$((waited / 60))
+        say "waiting for another worker: $waited s of $WORKER_DEADLINE s"
+    fi
+}
+
+cancel_workers() {
+    ((${#WORKER_JOBS[@]} == 0)) || scancel --quiet "${WORKER_JOBS[@]}" 2>/dev/null
+}
+
+release_workers() {                                    # the workers leave, and the log tells what they have cost
+    local job record deadline=$((SECONDS + 15))
+    touch "$RUN_DIR/shutdown.txt"
+    while ((SECONDS < deadline)) && some_workers_left; do
+        sleep 0.3
+    done
+    ! some_workers_left || cancel_workers
+    for job in "${WORKER_JOBS[@]}"; do
+        record=$(scontrol show job "$job" 2>/dev/null) || continue
+        if [[ $record != *JobState=RUNNING* && $record =~ StartTime=([0-9T:-]+)\ EndTime=([0-9T:-]+) ]]; then
+            say "worker job $job held its node for $(($(date -d "${BASH_REMATCH[2]}" +%s) - $(date -d "${BASH_REMATCH[1]}" +%s))) s, by Slurm's record"
+        fi
+    done
+    WORKER_JOBS=()                                     # once
+}
+
+some_workers_left() {                                  # or Slurm is busy, so nobody knows
+    QUEUE=$(queued_workers) || return 0
+    [[ -n $QUEUE ]]
+}
+
+# ---- What to tell the user -------------------------------------------------------------------------------------------
+how_to_look_inside() {                                 # ready to paste on your own computer while the job runs
+    local port
+    port=$(grep -o '127\.0\.0\.1:[0-9]*' "$RAY_LOG" | head -n 1 | cut -d: -f2) || return 0
+    say "dashboard: ssh -N -L 8265:127.0.0.1:$port ${SLURM_JOB_ID:+-J $(id -un)@${SLURM_SUBMIT_HOST:-login-node} }$(id -un)@$(hostname)"
+    say "           then open http://localhost:8265; it asks for the token in $RUN_DIR/token"
+    say "curves: tensorboard --logdir $RUN_DIR/tune"
+}
+
+say_how_it_ended() {                                   # say_how_it_ended STATUS: and how to continue
+    local record end submit=bash
+    ! on_slurm || submit=sbatch
+    # Slurm sends TERM for scancel, too, but then the job is no longer RUNNING.
+    if (($1 == 143)) && record=$(scontrol show job "${SLURM_JOB_ID:-}" 2>/dev/null) && [[ $record =~ EndTime=([0-9T:-]+) ]]; then
+        end=${BASH_REMATCH[1]}
+        if [[ $record == *Reason=TimeLimit* || $record == *JobState=RUNNING* ]] && (($(date -d "$end" +%s) - $(date +%s) < 900)); then
+            say "the time limit of this job, $end, has come near (#SBATCH --time; sbatch --time=... sets another)"
+        fi
+    fi
+    say "ended with exit status $1"
+    [[ ! -e $RUN_DIR/settings.json ]] || say "continue with: RESUME=runs/${RUN_DIR##*/} $submit head_node_raytune_asha_hpo.slurm"
+}
