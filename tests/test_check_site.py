@@ -112,9 +112,9 @@ MOUNT = "mount -t tmpfs -o size={},nr_inodes={} none {}"
 STATES = [  # check, what is done before it, what it must say
     ("check_packages", "sed -i s/^torch==.*/torch==1.0/ requirements.txt", "FAILED .* packages: torch 2.* instead of ==1.0, in .*fix: "),
     ("check_packages", "echo no-such-package==2 >>requirements.txt", "FAILED .* packages: no-such-package missing instead of ==2"),
-    ("check_inputs", "rm MODEL/model.safetensors", "FAILED .* inputs: MODEL_NAME='.*: has no weights.*fetch the whole model"),
+    ("check_inputs", "rm MODEL/model.safetensors", "FAILED .* inputs: MODEL_NAME='.*: this folder has no weights.*fetch the whole model"),
     ("check_inputs", "rm SQUAD/dev-v1.1.json", "FAILED .* inputs: SQUAD_DATA='.*: no file dev-v1.1.json"),
-    ("check_inputs", "export MODEL_NAME=no-owner/no-model HF_HUB_OFFLINE=1", "FAILED .* inputs: MODEL_NAME='no-owner/no-model': cannot be loaded.*fetch it on a login node"),
+    ("check_inputs", "export MODEL_NAME=no-owner/no-model HF_HUB_OFFLINE=1", "FAILED .* inputs: MODEL_NAME='no-owner/no-model' cannot be loaded.*fetch it on a login node"),
     ("check_inputs", "export LR_LOWER=1 NUM_EPOCHS=x", "FAILED .* inputs: NUM_EPOCHS='x': is not a whole number.*FAILED .* inputs: LR_LOWER="),
     ('check_disk "$RUN_DIR" 100', MOUNT.format("20m", 0, '"$RUN_DIR"'), "FAILED .* disk: .*/runs has 20 MB free, a run needs 100; fix: "),
     ('check_disk "$RUN_DIR" 100', MOUNT.format("200m", 1, '"$RUN_DIR"'), "FAILED .* disk: 50 MB cannot be written to .*/runs: dd.* No space left on device; fix: see your quota"),
