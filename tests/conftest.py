@@ -1,8 +1,10 @@
 """What several test files share: the demo model and data, a real Slurm, and waiting for a condition."""
 
 import ast
+import contextlib
 import glob
 import importlib.util
+import io
 import json
 import os
 import re
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -19,7 +22,8 @@ REPO = Path(__file__).resolve().parent.parent
 EXERCISE = REPO / "experiments/raytune/scheduler/asha"
 SCRIPT = REPO / "scripts/raytune_hpo/raytune_asha_scheduler/raytune_asha_hpo.py"
 HEAD = "head_node_raytune_asha_hpo.slurm"
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job; what the tests start would ignore Ctrl-C, too
+# In a background job, what the tests start would ignore Ctrl-C, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(REPO / "scripts/raytune_hpo"))  # the tools import one another from there
 
@@ -42,6 +46,32 @@ def load_module(path):
     return module
 
 
+def call(module, *arguments):
+    """main() of a program in this process, where its imports are done once: what subprocess.run() would give.
+
+    Signals, variables and arguments are afterwards what they were.
+    """
+    caught, (out, err) = (signal.SIGINT, signal.SIGTERM), (io.StringIO(), io.StringIO())
+    handlers = [signal.getsignal(number) for number in caught]
+    argv = [module.__file__, *map(str, arguments)]
+    with (
+        mock.patch.dict(os.environ),
+        mock.patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            status = module.main() or 0
+        except SystemExit as end:
+            status = end.code or 0
+            if isinstance(status, str):
+                print(status, file=sys.stderr)
+                status = 1
+    for number, handler in zip(caught, handlers, strict=True):
+        signal.signal(number, handler)
+    return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())
+
+
 @pytest.fixture(scope="session")
 def hpo():
     """raytune_asha_hpo.py as a module."""
@@ -60,7 +90,8 @@ def checks():
 def demo(tmp_path_factory):
     """Folder with the demo model and data."""
     folder = tmp_path_factory.mktemp("demo") / "assets"
-    subprocess.run([sys.executable, REPO / "scripts/demo_assets.py", folder], check=True, capture_output=True)
+    made = call(load_module(REPO / "scripts/demo_assets.py"), folder)
+    assert made.returncode == 0, made.stderr
     return folder
 
 
@@ -76,7 +107,8 @@ def slurm():
     """Environment that points to a real Slurm of this test run's own."""
     environ = os.environ | {"MINI_SLURM_DIR": f"/tmp/ms.{os.getpid()}"}
     script = REPO / "tests/mini_slurm.sh"
-    up = subprocess.run(["bash", script, "up"], env=environ, text=True, stdout=subprocess.PIPE, check=True, timeout=600)
+    command = ["bash", script, "up"]
+    up = subprocess.run(command, env=environ, text=True, stdout=subprocess.PIPE, check=True, timeout=600)
     yield environ | {"SLURM_CONF": up.stdout.split("=", 1)[1].strip()}
     subprocess.run(["bash", script, "down"], env=environ, check=True, timeout=120)
 
@@ -87,8 +119,9 @@ SMALL = {"TRAIN_SAMPLES": "32", "EVAL_SAMPLES": "16"}
 
 def copy_of_the_course(tmp_path):
     """The exercise's folder in a copy of the repository."""
+    made_by_runs = shutil.ignore_patterns("runs", "*.out", "__pycache__")
     for folder in ("scripts", "experiments", "tests"):
-        shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("runs", "*.out", "__pycache__"))
+        shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True, ignore=made_by_runs)
     for file in ("requirements.txt",):
         shutil.copy(REPO / file, tmp_path)
     (tmp_path / ".venv").symlink_to(REPO / ".venv")
@@ -107,17 +140,20 @@ class Cluster:
         self.environ, self.folder = environ, folder
 
     def __call__(self, *command, **variables):
-        return subprocess.run(command, cwd=self.folder, env=self.environ | variables, text=True, check=True, capture_output=True, timeout=60).stdout
+        return subprocess.run(command, cwd=self.folder, env=self.environ | variables, text=True, check=True,
+                              capture_output=True, timeout=60).stdout  # fmt: skip
 
     def submit(self, **variables):
         return self("sbatch", "--parsable", HEAD, **variables).strip()
 
     def job(self, job):
-        return dict(word.split("=", 1) for word in self("scontrol", "show", "job", job).split() if "=" in word)
+        words = self("scontrol", "show", "job", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for_end(self, job, seconds):
         states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        return wait_for(lambda: (info := self.job(job))["JobState"] in states and info, seconds, f"job {job} to end; log:\n{self.log(job)[-2000:]}")
+        ended = lambda: (info := self.job(job))["JobState"] in states and info
+        return wait_for(ended, seconds, f"job {job} to end; log:\n{self.log(job)[-2000:]}")
 
     def log(self, job, role="head"):
         path = self.folder / f"logs/ray_{role}_bloom_5epochs-{job}.out"
@@ -133,12 +169,13 @@ def cluster(slurm, course):
 
 
 def pids(*marks):
-    """Processes that belong to a job: their environment names run folder, role and job; marks are " role job"."""
+    """Processes of jobs: their environment names run folder, role and job; marks are " role job"."""
     ends = tuple(mark.encode() for mark in marks)
     found = []
     for environ in glob.glob("/proc/[0-9]*/environ"):
         try:
-            if any(entry.startswith(b"HPO_OWNER=") and entry.endswith(ends) for entry in Path(environ).read_bytes().split(b"\0")):
+            entries = Path(environ).read_bytes().split(b"\0")
+            if any(entry.startswith(b"HPO_OWNER=") and entry.endswith(ends) for entry in entries):
                 found.append(int(environ.split("/")[2]))
         except OSError:  # ended meanwhile
             continue
@@ -154,7 +191,8 @@ def command_of(pid):
 
 def processes(*jobs):
     """Command lines of all processes of these jobs' Ray."""
-    return [command_of(pid) for pid in pids(*(f" {role} {job}" for job in jobs for role in ("head", "worker")))]
+    marks = [f" {role} {job}" for job in jobs for role in ("head", "worker")]
+    return [command_of(pid) for pid in pids(*marks)]
 
 
 def nothing_left(*jobs):
@@ -167,13 +205,15 @@ def best_of(log):
 
 def table_of(log):
     """Rows of the boxed table as dicts."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in log.splitlines() if line.startswith("| ")]
+    lines = [line for line in log.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
 
 
 def reports_of(run_dir):
     """All reports of each trial, from Tune's own results: {trial name: [report]}."""
-    return {path.parent.name: [json.loads(line) for line in path.read_text().splitlines()] for path in run_dir.glob("tune/*/result.json")}
+    files = run_dir.glob("tune/*/result.json")
+    return {path.parent.name: [json.loads(line) for line in path.read_text().splitlines()] for path in files}
 
 
 def at_once(log):
@@ -196,8 +236,8 @@ def check_log(log, job, status=0):
     body = [line for line in lines[1:-1] if not line.startswith("+--")]
     assert len(body) < 150
     assert len(set(body)) == len(body), [line for line in body if body.count(line) > 1]
-    noise = [line for line in body if re.search(r"warn|deprecat|it/s|%\||\x1b|LOAD_|Traceback|Killed|\(raylet\)", line, re.IGNORECASE)]
-    assert not noise
+    noise = re.compile(r"warn|deprecat|it/s|%\||\x1b|LOAD_|Traceback|Killed|\(raylet\)", re.IGNORECASE)
+    assert not list(filter(noise.search, body))
 
 
 def check_results(log, run_dir, trials, epochs):
@@ -213,8 +253,8 @@ def check_results(log, run_dir, trials, epochs):
         assert float(row["eval_loss"]) == pytest.approx(reported[-1]["eval_loss"], rel=1e-4)
     everything = [report for reported in reports.values() for report in reported]
     lowest = min(everything, key=lambda report: report["eval_loss"])
-    assert best == {"eval_loss": lowest["eval_loss"], "epoch": lowest["epoch"], "time_total_s": lowest["time_total_s"],
-                    "config": {"train_loop_config": lowest["config"]["train_loop_config"]}}
+    config = {"config": {"train_loop_config": lowest["config"]["train_loop_config"]}}
+    assert best == {key: lowest[key] for key in ("eval_loss", "epoch", "time_total_s")} | config
     return reports
 
 
@@ -226,7 +266,8 @@ def seconds_of(record):
 def quickstart(course, *command, **variables):
     """The exercise without Slurm in a copy of the repository: (exit status, log)."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | variables
-    run = subprocess.run(command or ["bash", HEAD], cwd=course, env=environ, text=True, check=False, stdout=subprocess.PIPE, timeout=900)
+    run = subprocess.run(command or ["bash", HEAD], cwd=course, env=environ, text=True, check=False,
+                         stdout=subprocess.PIPE, timeout=900)  # fmt: skip
     return run.returncode, run.stdout
 
 
@@ -234,10 +275,11 @@ def job_of(log):
     return re.search(r"===== JOB (\S+) START", log)[1]
 
 
-# ---- The page of exercises -------------------------------------------------------------------------------------------
+# ---- The page of exercises ---------------------------------------------------------------------------------
 def exercise(number):
     """The section of this exercise in EXERCISES.md."""
-    return re.search(rf"^## {number}\. .*?(?=^## |\Z)", (EXERCISE / "EXERCISES.md").read_text(), re.MULTILINE | re.DOTALL)[0]
+    page = (EXERCISE / "EXERCISES.md").read_text()
+    return re.search(rf"^## {number}\. .*?(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)[0]
 
 
 def fenced(section, language):
@@ -250,7 +292,8 @@ def edit(course, section):
     script = course.parents[3] / SCRIPT.relative_to(REPO)
     text = script.read_text()
     for diff in fenced(section, "diff"):
-        old, new = ("".join(f"{line[1:]}\n" for line in diff.splitlines() if not line.startswith(sign)) for sign in "+-")
+        lines = diff.splitlines()
+        old, new = ("".join(f"{line[1:]}\n" for line in lines if not line.startswith(sign)) for sign in "+-")
         assert text.count(old) == 1, old
         text = text.replace(old, new)
     script.write_text(text)

@@ -1,16 +1,14 @@
 """What the benchmarks claim, where it can be asserted without a clock."""
 
 import statistics
-import subprocess
-import sys
 
 import pytest
-from conftest import REPO, SCRIPT, edit, load_module
+from conftest import REPO, edit, load_module
 
 
 @pytest.mark.parametrize("slots", [1, 4])
 def test_savings_asha_trains_less_than_the_full_grid_and_mostly_finds_its_best(hpo, slots):
-    """Recorded curves of real fine-tunes, met by the script's own scheduler; the seeds are fixed, so is the outcome."""
+    """Recorded curves, met by the script's own scheduler; the seeds are fixed, so is the outcome."""
     savings = load_module(REPO / "tests/benchmarks/asha_savings.py")
     curves = savings.Curves(savings.CURVES[0], epoch_seconds=60)
     runs = [savings.compare_with_full(hpo, curves, seed, slots, startup=5) for seed in range(30)]
@@ -23,24 +21,14 @@ def test_savings_asha_trains_less_than_the_full_grid_and_mostly_finds_its_best(h
 
 
 def test_savings_the_recorded_configurations_are_those_of_the_search(hpo):
-    """The first twelve curves belong to the trials of the quickstart."""
+    """The quickstart's are the first twelve. Close, not equal: the last digit of exp() depends on the CPU."""
     savings = load_module(REPO / "tests/benchmarks/asha_savings.py")
     curves = savings.Curves(savings.CURVES[0])
     space = hpo.search_space(savings.settings_of(hpo, curves.about))
     recorded = [{key: c[key] for key in ("lr", "per_device_bs", "wd")} for c in curves.configurations]
-    assert savings.draw_configurations(space, curves.about["SEED"], len(recorded)) == recorded
-
-
-def test_what_the_benchmarks_edit_in_a_copy_of_the_search_is_there(monkeypatch):
-    """Each edits a line of the search script or the head script, which may have changed since."""
-    monkeypatch.syspath_prepend(str(REPO / "tests/benchmarks"))
-    turnover, utilisation = (load_module(REPO / f"tests/benchmarks/{name}.py") for name in ("turnover", "utilisation"))
-    text = SCRIPT.read_text()
-    for edited in (turnover.replaced(text, turnover.IMPORTS, turnover.IMPORTS + turnover.AT_FIRST_STEP), utilisation.edited(text, 5)):
-        assert edited != text
-        compile(edited, SCRIPT.name, "exec")
-    with pytest.raises(SystemExit, match="does not have once"):
-        turnover.replaced(text, "no such line", "")
+    drawn = savings.draw_configurations(space, curves.about["SEED"], len(recorded))
+    for ours, theirs in zip(drawn, recorded, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9)
 
 
 def test_the_lines_of_the_page_for_even_learning_rates_draw_them(course):
@@ -51,15 +39,16 @@ def test_the_lines_of_the_page_for_even_learning_rates_draw_them(course):
     settings = script.read_settings({"NUM_SAMPLES": "6", "LR_LOWER": "1e-6", "LR_UPPER": "1"})
     register_trainable("nothing", lambda config: None)
     sampler = script.sampler(settings)
-    sampler.add_configurations(Experiment("even", run="nothing", config=script.search_space(settings), num_samples=settings.NUM_SAMPLES))
+    space = script.search_space(settings)
+    sampler.add_configurations(Experiment("even", run="nothing", config=space, num_samples=6))
     drawn = [sampler.next_trial().config["train_loop_config"] for _ in range(6)]
-    assert sorted(d["lr"] for d in drawn) == pytest.approx([10 ** (-6 + i + 0.5) for i in range(6)])
-    assert [d["lr"] for d in drawn] != sorted(d["lr"] for d in drawn) and {d["per_device_bs"] for d in drawn} <= {1, 2}
+    rates = [d["lr"] for d in drawn]
+    assert sorted(rates) == pytest.approx([10 ** (-6 + i + 0.5) for i in range(6)]) and rates != sorted(rates)
+    assert {d["per_device_bs"] for d in drawn} <= {1, 2}
 
 
-@pytest.mark.parametrize("program", sorted(path.name for path in (REPO / "tests/benchmarks").glob("*.py")))
-def test_every_benchmark_says_how_it_is_called_and_is_on_the_page(program):
-    command = f".venv/bin/python tests/benchmarks/{program}"
-    shown = subprocess.run([sys.executable, REPO / "tests/benchmarks" / program, "--help"], text=True, check=True, capture_output=True, timeout=60).stdout
-    assert command in shown
-    assert command in (REPO / "tests/benchmarks/README.md").read_text()
+def test_every_benchmark_is_on_the_page():
+    """That its commands name existing files and options, and that each answers --help: test_docs.py."""
+    page = (REPO / "tests/benchmarks/README.md").read_text()
+    for program in (REPO / "tests/benchmarks").glob("*.py"):
+        assert f".venv/bin/python tests/benchmarks/{program.name}" in page

