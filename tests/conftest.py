@@ -51,7 +51,8 @@ def call(module, *arguments):
 
     Signals, variables and arguments are afterwards what they were.
     """
-    caught, (out, err) = (signal.SIGINT, signal.SIGTERM), (io.StringIO(), io.StringIO())
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    caught = (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.getsignal(number) for number in caught]
     argv = [module.__file__, *map(str, arguments)]
     with (
@@ -69,7 +70,8 @@ def call(module, *arguments):
                 status = 1
     for number, handler in zip(caught, handlers, strict=True):
         signal.signal(number, handler)
-    return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())
+    said = [each.buffer.getvalue().decode() for each in (out, err)]
+    return subprocess.CompletedProcess(argv, status, *said)
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,7 @@ def test_load_squad_takes_a_data_set_from_the_hub_in_the_same_form(hpo, demo, sq
 
     def rows(name, split):
         assert name == "rajpurkar/squad"
-        return datasets.Dataset.from_list(hpo.read_squad_json(squad / files[split]))
+        return [datasets.Dataset.from_list(hpo.read_squad_json(squad / files[each])) for each in split]
 
     from_folder = hpo.load_squad(settings(hpo, demo, squad, TRAIN_SAMPLES=8, EVAL_SAMPLES=4))
     monkeypatch.setattr(datasets, "load_dataset", rows)
@@ -116,8 +116,8 @@ def test_the_best_result_is_the_lowest_report_of_any_epoch_of_a_trial_without_er
     import pandas
 
     def trial(lr, losses, error=None):
-        rows = [{"eval_loss": loss, "epoch": float(i + 1), "time_total_s": 10.0 * (i + 1)} for i, loss in enumerate(losses)]
-        return FakeResult(error=error, config={"train_loop_config": {"lr": lr}}, metrics_dataframe=pandas.DataFrame(rows) if rows else None)
+        rows = [{"eval_loss": loss, "epoch": float(i + 1), "time_total_s": 10.0 * (i + 1), "config/train_loop_config/lr": lr} for i, loss in enumerate(losses)]
+        return FakeResult(error=error, metrics=rows and rows[-1], metrics_dataframe=pandas.DataFrame(rows) if rows else None)
 
     best = hpo.best_report([trial(1, [5.0, 2.0, 4.0]), trial(2, [3.0, 2.5]), trial(3, [0.1], error=RuntimeError()), trial(4, [float("nan")]), trial(5, [])])
     assert best == {"eval_loss": 2.0, "epoch": 2.0, "time_total_s": 20.0, "config": {"train_loop_config": {"lr": 1}}}

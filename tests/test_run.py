@@ -14,6 +14,7 @@ import pytest
 from conftest import (
     HEAD,
     REPO,
+    SCRIPT,
     SMALL,
     SPACE,
     Cluster,
@@ -40,16 +41,19 @@ def fill_tables(*arguments):
 
 @pytest.fixture(scope="module")
 def whole_run(slurm, demo, squad, tmp_path_factory):
-    """Twelve trials on one worker node that holds four: submitted, and watched to its end. -> (cluster, job, token)"""
+    """Twelve trials on one worker node that holds two: submitted, and watched to its end."""
     cluster = Cluster(slurm, copy_of_the_course(tmp_path_factory.mktemp("course")))
-    job = cluster.submit(**SPACE, **SMALL, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad))
-    names = wait_for(lambda: (q := cluster("squeue", "--noheader", "--format=%j %N %T").splitlines()) and len(q) == 2 and q, 60, "head and worker in squeue")
+    variables = {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(squad), "CPUS_PER_WORKER": "4"}
+    job = cluster.submit(**SPACE, **SMALL, **variables)
+    queue = lambda: cluster("squeue", "--noheader", "--format=%j %N %T").splitlines()
+    names = wait_for(lambda: len(q := queue()) == 2 and q, 60, "head and worker in squeue")
     assert {name.split()[0] for name in names} == {"ray_head_bloom_5epochs", "ray_worker_bloom_5epochs"}
     run_dir = cluster.folder / "runs" / job
-    assert wait_for(lambda: (run_dir / "token").exists() and (run_dir / "token").stat().st_mode & 0o777, 60, "the token") == 0o600
-    token = (run_dir / "token").read_text()
+    file = run_dir / "token"
+    token = wait_for(lambda: file.exists() and file.read_text(), 60, "the token")
+    assert file.stat().st_mode & 0o777 == 0o600
     assert cluster.wait_for_end(job, 900)["JobState"] == "COMPLETED", cluster.log(job)
-    return cluster, job, token, [cluster.job(each) for each in (job, *cluster.workers(job))]  # Slurm forgets in five minutes
+    return cluster, job, token, [cluster.job(each) for each in (job, *cluster.workers(job))]
 
 
 def test_the_exercise_on_the_sandbox(whole_run):
@@ -62,7 +66,7 @@ def test_the_exercise_on_the_sandbox(whole_run):
 
     check_log(log, job)
     reports = check_results(log, run_dir, trials=12, epochs=5)
-    assert at_once(log) == 4
+    assert at_once(log) == 2
     for reported in reports.values():
         drawn = reported[0]["config"]["train_loop_config"]
         assert 1e-4 <= drawn["lr"] <= 5e-2 and drawn["per_device_bs"] in (2, 4) and drawn["wd"] in (0.0, 0.1)
@@ -80,11 +84,13 @@ def test_the_exercise_on_the_sandbox(whole_run):
     said = [time.mktime(time.strptime(found[key], "%Y-%m-%d %H:%M:%S")) for key in ("start", "finish")]
     assert abs(said[0] - seconds[0]) <= 1 and abs(said[1] - seconds[1]) <= 1
     assert found["total_time_s"] == said[1] - said[0]
-    assert found["totals"]["allocated_min"] * 60 == pytest.approx(4 * (held[1] - held[0]), abs=1)  # four slots
+    assert found["totals"]["allocated_min"] * 60 == pytest.approx(2 * (held[1] - held[0]), abs=1)  # two slots
     assert "by Slurm's record of the worker jobs" in told
     for table in (told, (run_dir / "tables.md").read_text()):
         for name, reported in reports.items():
-            cells = [cell.strip() for cell in next(line for line in table.splitlines() if line.startswith(f"| {int(name[-5:])} |")).split("|")]
+            combo = f"| {int(name[-5:]) + 1} |"
+            row = next(line for line in table.splitlines() if line.startswith(combo))
+            cells = [cell.strip() for cell in row.split("|")]
             drawn = reported[0]["config"]["train_loop_config"]
             assert [float(cell) for cell in cells[2:7]] == pytest.approx(
                 [drawn["lr"], drawn["per_device_bs"], drawn["wd"], reported[-1]["eval_loss"], reported[-1]["time_total_s"]], rel=1e-4, abs=0.06)
@@ -97,57 +103,70 @@ def test_the_exercise_on_the_sandbox(whole_run):
     assert token not in log + cluster.log(worker, "worker") + str(record) + str(end) and "START" in cluster.log(worker, "worker") and "FINISH" in cluster.log(worker, "worker")
 
 
-def test_the_manual_grid_goes_on_after_three_interruptions_and_is_compared_with_the_search(whole_run, demo, squad):
-    """Twelve combinations on the sandbox: cancelled, its training killed, and killed with its script; then submitted again."""
+def test_the_manual_grid_goes_on_after_three_interruptions_and_compares_with_the_search(whole_run, demo, squad):
+    """Four combinations: cancelled, its training killed, and killed with its script; then submitted again."""
     asha, asha_job, *_ = whole_run
     manual = Cluster(asha.environ, asha.folder.parents[2] / "manual")
     grid = manual.folder / "bloom_hpo_manual.slurm"
-    grid.write_text(grid.read_text().replace("(1e-5 2e-4 5e-6)", "(1e-3 3e-3 1e-2)").replace("(1 2) ", "(2 4) "))
-    results = lambda: [row for file in manual.folder.glob("results-*.csv") for row in csv.DictReader(file.open())]
-    log = lambda job: path.read_text() if (path := manual.folder / f"logs/bloom_hpo_manual-{job}.out").exists() else ""
-    jobs = []
+    text = grid.read_text()
+    for old, new in (("(1e-5 2e-4 5e-6)", "(1e-3 1e-2)"), ("(1 2) ", "(2 4) "), ("(0.0 0.01)", "(0.01)")):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    grid.write_text(text)
 
-    def submit(rows):
-        """One more job of the grid, until it has this many rows in all and trains the next."""
-        jobs.append(manual("sbatch", "--parsable", grid.name, **SMALL, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad)).strip())
-        wait_for(lambda: len(results()) >= rows and trainers(jobs[-1]), 180, f"{rows} rows")
-        return jobs[-1]
+    def results():
+        return [row for file in manual.folder.glob("results-*.csv") for row in csv.DictReader(file.open())]
+
+    def log(job):
+        path = manual.folder / f"logs/bloom_hpo_manual-{job}.out"
+        return path.read_text() if path.exists() else ""
 
     def trainers(job):
         return [pid for pid in pids(f" manual {job}") if "bloom_hpo_manual.py" in command_of(pid)]
 
+    jobs = []
+
+    def submit(rows):
+        """One more job of the grid, until it has this many rows in all and trains the next."""
+        variables = SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(squad)}
+        jobs.append(manual("sbatch", "--parsable", grid.name, **variables).strip())
+        wait_for(lambda: len(results()) >= rows and trainers(jobs[-1]), 240, f"{rows} rows")
+        return jobs[-1]
+
     job = submit(1)
     manual("scancel", job)
     assert manual.wait_for_end(job, 60)["JobState"] == "CANCELLED" and "FINISH" in log(job)
-    job = submit(3)
+    job = submit(1)
     for pid in trainers(job):  # as the OOM killer does: this combination fails, the next ones go on
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: "FAILED " in log(job), 60, "the combination that failed")
-    wait_for(lambda: len(results()) >= 5, 120, "the next combinations")
+    wait_for(lambda: len(results()) >= 2, 120, "the next combination")
     manual("scancel", "--signal=KILL", "--full", job)
     manual.wait_for_end(job, 60)
     wait_for(lambda: not pids(f" manual {job}"), 30, "processes of the killed job to be gone")
-    job = submit(6)
+    job = submit(2)
     assert manual.wait_for_end(job, 400)["JobState"] == "COMPLETED", log(job)
 
     found = results()
-    assert len(found) == 12
-    assert {(float(row["lr"]), int(row["per_device_bs"]), float(row["wd"])) for row in found} == {
-        (lr, bs, wd) for lr in (1e-3, 3e-3, 1e-2) for bs in (2, 4) for wd in (0.0, 0.01)}
-    assert sum(log(job).count("RESULT ") for job in jobs) == 12  # none trained to its end twice
-    assert re.search(rf"===== JOB {job} FINISH : .* =====\n\Z", log(job)) and "lr,per_device_bs,wd,eval_loss" in log(job)
+    combinations = {(float(row["lr"]), int(row["per_device_bs"]), float(row["wd"])) for row in found}
+    assert combinations == {(lr, bs, 0.01) for lr in (1e-3, 1e-2) for bs in (2, 4)} and len(found) == 4
+    assert sum(log(job).count("RESULT ") for job in jobs) == 4  # none trained to its end twice
+    assert re.search(rf"===== JOB {job} FINISH : .* =====\n\Z", log(job))
+    assert "lr,per_device_bs,wd,eval_loss" in log(job)
 
     # The comparison of the two: the same settings, so it is one; the cheaper one is told.
-    logs = [manual.folder / f"logs/bloom_hpo_manual-{job}.out", asha.folder / f"logs/ray_head_bloom_5epochs-{asha_job}.out"]
-    table = fill_tables("--compare", *logs)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| ")]
-    assert rows[0] == ["run type", "eval loss", "runtime", "number of GPUs", "GPU-minutes", "cost ratio Ray/manual"]
+    logs = [manual.folder / f"logs/bloom_hpo_manual-{job}.out"]
+    table = fill_tables("--compare", *logs, asha.folder / f"logs/ray_head_bloom_5epochs-{asha_job}.out")
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert rows[0][:3] == ["run type", "eval loss", "runtime"] and rows[0][5] == "cost ratio Ray/manual"
     assert float(rows[2][1]) == pytest.approx(min(float(row["eval_loss"]) for row in found), rel=1e-4)
     assert float(rows[3][1]) == pytest.approx(best_of(asha.log(asha_job))["eval_loss"], rel=1e-4)
     assert "the runs are comparable" in table and "NOT COMPARABLE" not in table
     spent = sum(float(row["runtime_s"]) for row in found) / 60
     cost = [float(row[4].split()[0]) for row in rows[2:]]
-    assert cost[0] >= spent - 0.06 and float(rows[3][5]) == pytest.approx(cost[1] / cost[0], rel=0.05)  # the table rounds to 0.1
+    assert cost[0] >= spent - 0.06  # the table rounds to 0.1
+    assert float(rows[3][5]) == pytest.approx(cost[1] / cost[0], rel=0.1)
 
 
 def test_a_worker_job_that_slurm_refuses_ends_the_run_with_the_reason(cluster, demo):
@@ -159,9 +178,10 @@ def test_a_worker_job_that_slurm_refuses_ends_the_run_with_the_reason(cluster, d
     wait_for(lambda: nothing_left(job), 10, "everything to be gone")
 
 
-@pytest.mark.parametrize("moment", ["START  :", "submitted worker", "worker 1/1 joined", "epoch 1/", "Best Trial Result", "held its node"])
+@pytest.mark.parametrize("moment", ["START  :", "worker 1/1 joined", "epoch 1/", "Best Trial Result"])
 def test_cancelled_at_any_moment_nothing_is_left(cluster, demo, squad, moment):
-    job = cluster.submit(**SPACE, **SMALL, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad), NUM_SAMPLES="1", NUM_EPOCHS="1", WORKERS_PER_TRIAL="1")
+    one = {"NUM_SAMPLES": "1", "NUM_EPOCHS": "1", "WORKERS_PER_TRIAL": "1"}
+    job = cluster.submit(**SPACE, **SMALL, **one, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad))
     wait_for(lambda: moment in cluster.log(job) or "FINISH" in cluster.log(job), 240, f"{moment!r} in the log")
     cluster("scancel", job)
     end = cluster.wait_for_end(job, 30)
@@ -190,7 +210,7 @@ def test_quickstart(quick_run):
     assert "tables and pictures could not be made" not in log
     tables = (course / "runs" / job / "tables.md").read_text()
     for name, reported in reports.items():
-        row = next(line for line in tables.splitlines() if line.startswith(f"| {int(name[-5:])} |"))
+        row = next(line for line in tables.splitlines() if line.startswith(f"| {int(name[-5:]) + 1} |"))
         assert float(row.split("|")[5]) == pytest.approx(reported[-1]["eval_loss"], rel=1e-4)
     assert (course / "runs" / job / "report/report.html").stat().st_size > 100_000
     lengths = {len(reported) for reported in reports.values()}
@@ -208,7 +228,7 @@ def decisions(run_dir):
 
 
 def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, course):
-    """The quickstart's first five trials, the search killed in the fourth, RESUME: the same configurations and decisions."""
+    """The quickstart's first five trials, the search killed in the fourth; RESUME: same draws, same decisions."""
     whole, _, log = quick_run
     command = ["bash", str(course.parents[3] / "scripts/quickstart.sh")]
     terminal = course / "terminal.txt"
@@ -222,8 +242,10 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
     assert head.wait(60) == 137
     first = terminal.read_text()
     assert "the search was ended by signal 9" in first and f"continue with: RESUME=runs/{job} bash {HEAD}" in first
-    kept = [number for number, *_, decision in decisions(course / "runs" / job) if decision == "STOP"]
+    kept = [int(number) for number in re.findall(r"_(\d{5})  (?:stopped|finished)", first)]
     assert kept == [0, 1, 2]
+    with (course / "runs" / job / "reports.jsonl").open("a") as file:  # as if it had been killed while it wrote
+        file.write('{"trial_id": "')
 
     status, second = quickstart(course, *command, RESUME=f"runs/{job}", LR_LOWER="1e-5")
     assert status == 2 and "ERROR: LR_LOWER='1e-5': the run in " in second  # not with another search space
@@ -241,7 +263,7 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
 
 
 def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(course, demo):
-    """Trials that ASHA stops are freed by a helper that must find its own Ray among two on this machine."""
+    """Each with a Ray of its own on this machine."""
     environ = os.environ | SPACE | SMALL | {"NUM_SAMPLES": "3", "NUM_EPOCHS": "2", "WORKERS_PER_TRIAL": "1"}
     environ |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
     runs = [subprocess.Popen(["bash", HEAD], cwd=course, env=environ, text=True, stdout=subprocess.PIPE) for _ in range(2)]
@@ -255,11 +277,12 @@ def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(course, demo):
 
 
 def test_a_hyperparameter_added_in_one_line_takes_effect_and_a_misspelt_one_is_refused(course, demo):
-    script = course.parents[3] / "scripts/raytune_hpo/raytune_asha_scheduler/raytune_asha_hpo.py"
+    script = course.parents[3] / SCRIPT.relative_to(REPO)
     line = '            "wd": tune.choice(s.WD_CHOICES),'
     text = script.read_text()
     assert text.count(line) == 1
-    variables = SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "NUM_SAMPLES": "2", "NUM_EPOCHS": "1", "WORKERS_PER_TRIAL": "1"}
+    variables = SPACE | SMALL | {"NUM_SAMPLES": "2", "NUM_EPOCHS": "1", "WORKERS_PER_TRIAL": "1"}
+    variables |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
     script.write_text(text.replace(line, '            "warmup_rate": tune.uniform(0.1, 0.5),\n' + line))
     status, log = quickstart(course, **variables)
     assert status == 2 and "ERROR: search space: 'warmup_rate'" in log and not (course / "runs").exists()
@@ -277,7 +300,8 @@ def test_a_hyperparameter_added_in_one_line_takes_effect_and_a_misspelt_one_is_r
 def test_trials_that_fail_are_listed_with_their_cause_and_the_run_fails_if_all_do(course, demo, tmp_path):
     model = shutil.copytree(demo / "model", tmp_path / "model")
     (model / "model.safetensors").write_bytes(b"not a model" * 1000)
-    status, log = quickstart(course, **SPACE, **SMALL, MODEL_NAME=str(model), SQUAD_DATA=str(demo / "squad"), NUM_SAMPLES="2", WORKERS_PER_TRIAL="1")
+    few = {"SQUAD_DATA": str(demo / "squad"), "NUM_SAMPLES": "2", "WORKERS_PER_TRIAL": "1"}
+    status, log = quickstart(course, **SPACE, **SMALL, **few, MODEL_NAME=str(model))
     assert status == 1
     assert len(re.findall(r"TorchTrainer_\S+  FAILED     \S*Error: .*[Hh]eader", log)) == 2
     assert "ERROR: 2 of 2 trials ran, 2 failed" in log and "Best Trial Result" not in log

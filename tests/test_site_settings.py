@@ -13,7 +13,7 @@ ACCOUNT = {
 }
 CONSTRAINT = {"\n#SBATCH --constraint": "\n##SBATCH --constraint"}
 GPUS = {"\n#SBATCH --gpus-per-node": "\n##SBATCH --gpus-per-node"}
-SITES = {  # the edits, and what Slurm then understands of jobs that train: feature, GPUs of a worker and the grid
+SITES = {  # the edits; what Slurm then understands of jobs that train: feature, GPUs of worker and grid
     "V100s": ({}, "v100", "gres:gpu:8", "gres:gpu:2"),
     "A100s or H100s, no constraint needed": (ACCOUNT | CONSTRAINT, "(null)", "gres:gpu:8", "gres:gpu:2"),
     "CPUs only": (ACCOUNT | CONSTRAINT | GPUS, "(null)", None, None),
@@ -22,7 +22,7 @@ SITES = {  # the edits, and what Slurm then understands of jobs that train: feat
 
 @pytest.mark.parametrize("site", SITES)
 def test_slurm_understands_the_lines_of_each_site(site, cluster):
-    """Each script is submitted, held; then Slurm says what it asks for. It ignores a misspelt line in silence."""
+    """Each script is submitted, held; Slurm, which ignores misspelt lines, says what it understood."""
     edits, feature, *gpus = SITES[site]
     scripts = {
         HEAD: (cluster.folder, "ray_head_bloom_5epochs", "(null)", None),
