@@ -1,94 +1,83 @@
-"""Other schedulers in the same frame. Checkpoints that pass from trial to trial, for real: weights, and new hyperparameters."""
+"""Population based training: weights that pass from trial to trial, and what is read from a checkpoint."""
 
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from conftest import (
-    check_log,
-    edit,
-    exercise,
-    job_of,
-    nothing_left,
-    quickstart,
-)
+from conftest import REPO, SCRIPT, command_of, wait_for
 
 TESTS = Path(__file__).resolve().parent
+PBT = REPO / "scripts/raytune_hpo/raytune_pbt_scheduler/raytune_pbt_hpo.py"
+MUTATIONS = 'return {"lr": tune.loguniform(s.LR_LOWER, s.LR_UPPER), "wd": s.WD_CHOICES}'
 
 
-@pytest.mark.parametrize("deepspeed", [True, False])
-def test_a_training_goes_on_from_anothers_weights_with_its_own_hyperparameters(demo, tmp_path, deepspeed):
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TESTS / "train_from_checkpoint.py",
-         demo / "model", demo / "squad", tmp_path, *([] if deepspeed else ["none"])],
-        env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"},
-        text=True, check=False, capture_output=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    results = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("RESULT "))[7:])
-    donor, same, still, other = (results[name] for name in ("donor", "same", "still", "other"))
-    assert donor["step"] == 0 and same["step"] == still["step"] == other["step"] == 8  # two of four epochs, 4 steps each
-    assert same["weights"] == still["weights"] == other["weights"] != donor["weights"]
-    assert same["losses"] == donor["losses"]  # as if it had not been interrupted
-    assert still["losses"][2] == still["losses"][3] == donor["losses"][1]  # the donor's weights, and a rate of nothing
-    assert other["losses"][:2] == donor["losses"][:2] and other["losses"][2] != donor["losses"][2]
-    decay, none = other["groups"]  # half of the schedule is over, so half of the rate is left
-    assert decay["lr"] == none["lr"] == pytest.approx(4e-2 / 2) and decay["betas"][1] == 0.8
-    assert (decay["weight_decay"], none["weight_decay"]) == (0.5, 0)
-    assert [group["lr"] for group in still["groups"]] == pytest.approx([5e-13, 5e-13])
+@pytest.fixture
+def pbt(tmp_path):
+    """A function that writes other mutations into a copy of the script -> its path."""
+    shutil.copytree(REPO / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    script = tmp_path / PBT.relative_to(REPO)
+
+    def mutating(mutations):
+        text = PBT.read_text()
+        assert text.count(MUTATIONS) == 1
+        script.write_text(text.replace(MUTATIONS, f"return {mutations}"))
+        return script
+
+    return mutating
 
 
-def chosen(**mutations):
-    from ray.tune.schedulers import PopulationBasedTraining
-
-    return PopulationBasedTraining(metric="eval_loss", mode="min", hyperparam_mutations=mutations)
-
-
-def test_what_pbt_needs_is_asked_for_before_anything_starts(hpo):
-    from ray.tune.schedulers import HyperBandScheduler
-
-    settings = hpo.read_settings({"CHECKPOINTS": "1"})
-    hpo.check_scheduler(chosen(train_loop_config={"lr": [1e-3, 1e-2]}), settings)
-    hpo.check_scheduler(hpo.scheduler(hpo.read_settings({})), hpo.read_settings({}))
-    with pytest.raises(hpo.InputError, match="'per_device_bs' cannot change within a training"):
-        hpo.check_scheduler(chosen(train_loop_config={"lr": [1e-3, 1e-2], "per_device_bs": [1, 2]}), settings)
-    with pytest.raises(hpo.InputError, match="names nothing that is drawn"):
-        hpo.check_scheduler(chosen(lr=[1e-3, 1e-2]), settings)
-    for scheduler in (chosen(train_loop_config={"lr": [1e-3, 1e-2]}), HyperBandScheduler()):
-        with pytest.raises(hpo.InputError, match="CHECKPOINTS='0': .* set CHECKPOINTS=1"):
-            hpo.check_scheduler(scheduler, SimpleNamespace(CHECKPOINTS=0))
+@pytest.fixture
+def private_ray():
+    """Environment that points to a Ray of this test's own, with room for one trial."""
+    folder = Path(f"/tmp/ray_{os.getpid()}")
+    environ = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(SCRIPT.parent), "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+    command = ["-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0", "--dashboard-port=0", "--num-cpus=4", "--disable-usage-stats",
+               '--resources={"trial_slot": 1}', f"--temp-dir={folder}", "--node-ip-address=127.0.0.1"]
+    ray = subprocess.Popen([sys.executable, *command], env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = folder / "ray_current_cluster"
+    yield environ | {"RAY_ADDRESS": wait_for(lambda: address.exists() and address.read_text().strip(), 90, "Ray to start")}
+    ray.send_signal(signal.SIGTERM)
+    ray.wait(60)
+    for process in Path("/proc").glob("[0-9]*"):
+        if f"{folder}/" in command_of(process.name):
+            os.kill(int(process.name), signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_pbt_copies_weights_from_trial_to_trial(course, demo):
+def test_weights_pass_from_trial_to_trial_also_in_a_run_that_is_continued(pbt, private_ray, demo, tmp_path):
     """Mutations to a learning rate of nothing: after a copy the loss must stay what the donor's was at that epoch.
 
     One trial at a time, so PBT pauses each after each epoch: the order of reports, and so the copies, do not depend on
-    the machine. One process a trial, for six starts; two processes are tested above.
+    the machine. One process a trial; two processes are tested below.
     """
-    script = edit(course, exercise(10))
-    line = '"lr": tune.loguniform(s.LR_LOWER, s.LR_UPPER), "wd": s.WD_CHOICES}},'
-    text = script.read_text()
-    assert text.count(line) == 1
-    script.write_text(text.replace(line, '"lr": lambda: 1e-12}}, resample_probability=1,'))
-    variables = {"NUM_SAMPLES": "2", "NUM_EPOCHS": "3", "TRAIN_SAMPLES": "32", "EVAL_SAMPLES": "16", "LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "BS_CHOICES": "2"}
-    variables |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": str(os.cpu_count())}
-    status, log = quickstart(course, **variables)
-    assert status == 2 and "ERROR: CHECKPOINTS='0': PopulationBasedTraining" in log and not (course / "runs").exists()
-    status, log = quickstart(course, **variables, CHECKPOINTS="1")
-    assert status == 0, log
-    check_log(log, job_of(log))
-    copies = proofs(log)
-    assert copies, log
-    for mine, donors in copies:
+    script, run_dir, log = pbt('{"lr": [1e-12]}'), tmp_path / "run", tmp_path / "log.txt"
+    environ = private_ray | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "TRAIN_SAMPLES": "32", "EVAL_SAMPLES": "16",
+                             "LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "BS_CHOICES": "2", "NUM_SAMPLES": "2", "NUM_EPOCHS": "4",
+                             "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "2"}
+    with log.open("w") as output:
+        first = subprocess.Popen([sys.executable, script, "--run-dir", run_dir], env=environ, stdout=output, stderr=subprocess.STDOUT)
+        wait_for(lambda: proofs(log.read_text()) or first.poll() is not None, 180, "a trial that has trained what it copied")
+        saved = list(run_dir.glob("checkpoints/*/*/checkpoint-*"))
+        first.kill()
+        first.wait()
+        assert 2 <= len(saved) <= 4, saved  # of each trial the last one, and that to be copied; one may be about to go
+        status = subprocess.run([sys.executable, script, "--run-dir", run_dir], env=environ, stdout=output, stderr=subprocess.STDOUT, timeout=180, check=False)
+    assert status.returncode == 0, log.read_text()
+    before, after = log.read_text().split("continues the run in ")
+    for mine, donors in proofs(before + after):
         assert mine == donors
-    run_dir = course / "runs" / job_of(log)
+    copier = re.search(r"(\S+)  copies", before)[1]
+    kept = re.findall(rf"{copier}  epoch \d/4  eval_loss (\S+)", before)[-1]  # at a rate of nothing
+    copied, loss = re.search(rf"{copier}  (?:(copies)|epoch \d/4  eval_loss (\S+))", after).groups()
+    assert copied or loss == kept  # it copies once more if the kill was faster than Tune's record
+    assert after.count("finished   all epochs") == 2 and "epoch 1/4" not in after  # each went on from its checkpoint
     assert not (run_dir / "checkpoints").exists() and (run_dir / "tune/pbt_global.txt").stat().st_size > 0
-    assert log.count("finished   all epochs") == 2
-    assert nothing_left(job_of(log))
 
 
 def proofs(log):
@@ -102,3 +91,34 @@ def proofs(log):
             if match[1] in waiting:
                 found.append((match[3], waiting.pop(match[1])))
     return found
+
+
+@pytest.mark.parametrize("mutations, why", [('{"lr": [1e-3], "per_device_bs": [1, 2]}', "'per_device_bs' sets the steps of an epoch"),
+                                            ('{"warmup_ratio": [0.1]}', "'warmup_ratio' is not in the search space")])
+def test_what_a_copy_cannot_change_is_named_before_anything_starts(pbt, mutations, why):
+    run = subprocess.run([sys.executable, pbt(mutations), "--run-dir", "/none"], text=True, check=False, capture_output=True, timeout=60)
+    assert run.returncode == 1 and run.stderr.startswith(f"ERROR: mutations: {why}") and run.stderr.count("\n") == 1
+
+
+def test_a_training_goes_on_from_anothers_weights_with_its_own_hyperparameters(demo, tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TESTS / "train_from_checkpoint.py",
+         demo / "model", demo / "squad", tmp_path],
+        env=os.environ | {"PYTHONPATH": str(PBT.parent), "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        text=True, check=False, capture_output=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    every = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("RESULT "))[7:])
+    assert {every[engine]["donor"]["optimizer"] for engine in every} == {"AcceleratedOptimizer", "DeepSpeedOptimizerWrapper"}
+    for results in every.values():
+        donor, same, still, other = (results[name] for name in ("donor", "same", "still", "other"))
+        assert donor["step"] == 0 and same["step"] == still["step"] == other["step"] == 8  # two of four epochs, 4 steps each
+        assert same["weights"] == still["weights"] == other["weights"] != donor["weights"]
+        assert same["losses"] == donor["losses"][2:]  # as if it had not been interrupted
+        assert still["losses"] == [donor["losses"][1]] * 2  # the donor's weights, and a rate of nothing
+        assert other["losses"][0] != donor["losses"][2]
+        decay, none = other["groups"]  # half of the schedule is over, so half of the rate is left
+        assert decay["lr"] == none["lr"] == pytest.approx(4e-2 / 2)
+        assert decay["betas"] == none["betas"] == [0.9, 0.8] and decay["eps"] == none["eps"] == 1e-6
+        assert (decay["weight_decay"], none["weight_decay"]) == (0.5, 0)
+        assert [group["lr"] for group in still["groups"]] == pytest.approx([5e-13, 5e-13])
+        assert other["last"] == pytest.approx(4e-2 / 16)  # the last of 16 steps, by the schedule

@@ -1,44 +1,61 @@
 """Run by torchrun in test_schedulers.py: trainings that start from another one's checkpoint; prints a JSON line.
 
-    torchrun --standalone --nproc_per_node=2 train_from_checkpoint.py MODEL SQUAD FOLDER [none]
+    torchrun --standalone --nproc_per_node=2 train_from_checkpoint.py MODEL SQUAD FOLDER
 
-FOLDER: for the checkpoints, new. With "none" without DeepSpeed.
+FOLDER: for the checkpoints, new. Each training as PBT's trials do it, with DeepSpeed and without.
 """
 
 import json
 import os
 import sys
-from pathlib import Path
 
-from conftest import SCRIPT, load_module
+import ray
+import raytune_pbt_hpo as pbt
 from transformers import TrainerCallback
 
-hpo = load_module(SCRIPT)
+ray.get = lambda data: data  # there is no Ray here
+ray.get_gpu_ids = list
 DONOR = {"lr": 1e-2, "per_device_bs": 2, "wd": 0.0, "adam_beta2": 0.9}
+VARIANTS = {"donor": {}, "same": {}, "still": {"lr": 1e-12}, "other": {"lr": 4e-2, "wd": 0.5, "adam_beta2": 0.8, "adam_epsilon": 1e-6}}
+fine_tune = pbt.lesson.fine_tune
 
 
 class Watch(TrainerCallback):
-    """The optimizer's settings at the first step, and the weights that it then has."""
+    """The optimizer's settings at the first step, the weights that it then has, and the rate of the last step."""
 
-    seen = None
+    def __init__(self):
+        self.seen = {}
 
     def on_step_begin(self, args, state, control, optimizer=None, model=None, **kwargs):
-        if not self.seen:
-            self.seen = {"groups": [{key: group[key] for key in ("lr", "weight_decay", "betas")} for group in optimizer.param_groups],
-                         "weights": sum(parameter.detach().double().abs().sum().item() for parameter in model.parameters()), "step": state.global_step}
+        self.seen["last"] = optimizer.param_groups[0]["lr"]
+        if len(self.seen) == 1:
+            self.seen |= {
+                "groups": [{key: group[key] for key in ("lr", "weight_decay", "betas", "eps")} for group in optimizer.param_groups],
+                "weights": sum(parameter.detach().double().abs().sum().item() for parameter in model.parameters()),
+                "step": state.global_step,
+                "optimizer": type(optimizer).__name__,
+            }
+
+
+def train(hyperparameters, settings, rows, folder, start_from):
+    """What was seen, and the reports."""
+    watch, reports = Watch(), []
+    pbt.lesson.fine_tune = lambda config, s, train, test, callbacks: fine_tune(config, s, train, test, [*callbacks, watch])
+    config = {"settings": settings, "data": rows, "report": reports.append}
+    pbt.train_loop_per_worker(hyperparameters | config, folder, start_from)
+    return watch.seen | {"losses": [report["eval_loss"] for report in reports]}, reports
 
 
 def main():
-    model, squad, folder, *without = sys.argv[1:]
-    if without:
-        hpo.DS_CONFIG = None
-    settings = hpo.read_settings({"MODEL_NAME": model, "SQUAD_DATA": squad, "TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "4"})
-    rows, results, start = hpo.load_squad(settings), {}, None
-    for name, changes in {"donor": {}, "same": {}, "still": {"lr": 1e-12}, "other": {"lr": 4e-2, "wd": 0.5, "adam_beta2": 0.8}}.items():
-        watch = Watch()
-        trainer = hpo.fine_tune(DONOR | changes, settings, *rows, [watch], f"{folder}/{name}", start)
-        results[name] = watch.seen | {"losses": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]}
-        start = start or sorted(Path(folder, "donor").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[1]  # after epoch 2
+    model, squad, folder = sys.argv[1:]
+    settings = pbt.lesson.read_settings({"MODEL_NAME": model, "SQUAD_DATA": squad, "TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "4"})
+    rows, results = pbt.lesson.load_squad(settings), {}
+    shipped = pbt.lesson.DS_CONFIG
+    for engine, pbt.lesson.DS_CONFIG in {"none": None, "deepspeed": shipped}.items():  # accelerate knows no way back
+        results[engine], start = {}, None
+        for name, changes in VARIANTS.items():
+            results[engine][name], reports = train(DONOR | changes, settings, rows, f"{folder}/{engine}-{name}", start)
+            start = start or reports[1]["checkpoint"]  # the donor's, after epoch 2
     if os.environ["RANK"] == "0":
         print("RESULT " + json.dumps(results), flush=True)
 

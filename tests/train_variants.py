@@ -1,9 +1,9 @@
-"""Run by torchrun in test_training.py: trains variants of one configuration, prints a JSON line with what came out.
+"""Run by torchrun in test_training.py: trains several configurations one after another, prints a JSON line of results.
 
-    torchrun --standalone --nproc_per_node=2 train_variants.py MODEL SQUAD STAGE VARIANT...
+    torchrun --standalone --nproc_per_node=2 train_variants.py MODEL SQUAD TRAINING...
 
-STAGE: a ZeRO stage to write into a copy of the shipped ds_config.json, or "none" for training without DeepSpeed.
-VARIANT: a JSON dict of hyperparameters.
+TRAINING: a JSON dict of hyperparameters. Its key "engine", if any, is "none" (training without DeepSpeed) or a ZeRO stage
+instead of the shipped one. Those with "none" come first: once with DeepSpeed, accelerate stays with it.
 """
 
 import json
@@ -12,40 +12,42 @@ import sys
 from pathlib import Path
 
 from conftest import SCRIPT, load_module
+from transformers import TrainerCallback
 
 hpo = load_module(SCRIPT)
+SHIPPED = json.loads(hpo.DS_CONFIG.read_text())
 
 
-def weights_digest(trainer):
-    """The sum of the absolute values of all weights; with ZeRO-3 they are gathered first."""
-    import deepspeed
+class Watch(TrainerCallback):
+    """The losses, and what is there at the end of the training."""
 
-    total = 0.0
-    for parameter in trainer.model.parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            total += parameter.detach().double().abs().sum().item()
-    return total
+    def __init__(self):
+        self.seen = {"eval_loss": []}
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.seen["eval_loss"].append(metrics["eval_answer_loss"])
+
+    def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        import deepspeed
+
+        total = 0.0  # of the absolute values of all weights; with ZeRO-3 they are gathered first
+        for parameter in model.parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                total += parameter.detach().double().abs().sum().item()
+        self.seen |= {"weights": total, "steps": state.global_step, "optimizer": type(optimizer.optimizer).__name__}
 
 
 def main():
-    model, squad, stage, *variants = sys.argv[1:]
+    model, squad, *trainings = sys.argv[1:]
     settings = hpo.read_settings({"MODEL_NAME": model, "SQUAD_DATA": squad, "TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "1"})
-    if stage == "none":
-        hpo.DS_CONFIG = None
-    else:
-        config = json.loads(hpo.DS_CONFIG.read_text())
-        config["zero_optimization"]["stage"] = int(stage)
-        hpo.DS_CONFIG = Path(f"{sys.argv[0]}.{os.environ['RANK']}.{os.getpid()}.json")
-        hpo.DS_CONFIG.write_text(json.dumps(config))
-    rows = hpo.load_squad(settings)
-    results = []
-    for variant in variants:
-        trainer = hpo.fine_tune(json.loads(variant), settings, *rows)
-        evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-        results.append({"eval_loss": evaluations, "weights": weights_digest(trainer), "steps": trainer.state.global_step,
-                        "engine": type(trainer.model_wrapped).__name__, "zero": getattr(trainer.model_wrapped, "zero_optimization_stage", lambda: None)()})
-    if stage != "none":
-        hpo.DS_CONFIG.unlink()
+    rows, results, written = hpo.load_squad(settings), [], Path(f"{sys.argv[0]}.{os.getpid()}.json")
+    for training in map(json.loads, trainings):
+        stage, watch = training.pop("engine", 2), Watch()
+        written.write_text(json.dumps(SHIPPED | {"zero_optimization": SHIPPED["zero_optimization"] | {"stage": stage}}))
+        hpo.DS_CONFIG = None if stage == "none" else written
+        hpo.fine_tune(training, settings, *rows, callbacks=[watch])
+        results.append(watch.seen)
+    written.unlink()
     if os.environ["RANK"] == "0":
         print("RESULT " + json.dumps(results), flush=True)
 

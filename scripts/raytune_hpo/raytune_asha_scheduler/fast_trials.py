@@ -25,12 +25,12 @@ JOIN_SECONDS = 600  # for the W processes to import what they need and find one 
 GRACE_SECONDS = 2  # after the first failure, for the one that caused it
 
 
-def improve(plan):
-    """Replaces the plan's trial by a warm one."""
+def improve(plan, trial_class=None):
+    """Replaces the plan's trial by a warm one; raytune_pbt_hpo.py has a class of its own."""
     context = plan.context
     place = [{"trial_slot": 1}, *[context.worker] * context.s.WORKERS_PER_TRIAL]
     plan.trainable = tune.with_resources(
-        tune.with_parameters(WarmTrial, context=context), tune.PlacementGroupFactory(place, strategy="STRICT_PACK")
+        tune.with_parameters(trial_class or WarmTrial, context=context), tune.PlacementGroupFactory(place, strategy="STRICT_PACK")
     )
     plan.tune_config.reuse_actors = True
     plan.run_config.checkpoint_config = tune.CheckpointConfig(checkpoint_at_end=False)

@@ -154,11 +154,11 @@ FOLDERS = Path(__file__).resolve().parents  # the nearest ds_config.json counts;
 DS_CONFIG = next((d / "ds_config.json" for d in FOLDERS if (d / "ds_config.json").exists()), None)
 
 
-def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), start_from=None, **more):
+def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
     """Trains one configuration for NUM_EPOCHS epochs, in each process of a data-parallel group or in one.
 
     After each epoch callbacks get the metric eval_answer_loss: the mean over all answer tokens, in nats. (Its
-    own eval_loss is a mean of batch means.) start_from: a checkpoint. more: fields of TrainingArguments.
+    own eval_loss is a mean of batch means.)
     """
     import torch
     from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
@@ -186,7 +186,7 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), start_fro
         fp16=gpu,  # V100: fp16 in hardware, bf16 only emulated
         eval_strategy="epoch", per_device_eval_batch_size=8,  # a batch size that does not change the loss
         logging_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False,
-        **(fields | more | drawn),
+        **(fields | drawn),
     )
     # ZeRO-3 splits the model as it is loaded: the arguments above and the process group come before it.
     if ds_config and not gpu:
@@ -204,7 +204,7 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=(), start_fro
     )
     trainer.remove_callback(PrinterCallback)
     try:
-        trainer.train(resume_from_checkpoint=start_from)
+        trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     finally:  # else a DeepSpeed engine, with its model, lives as long as the process
         getattr(trainer.model_wrapped, "destroy", lambda: None)()
         trainer.accelerator.free_memory()
@@ -229,7 +229,8 @@ def train_loop_per_worker(config):
             loss = loss if math.isfinite(loss) else math.nan
             report({"eval_loss": loss, "epoch": float(round(state.epoch))})
 
-    fine_tune(config, s, *ray.get(data), callbacks=[TuneReportCallback()])
+    callbacks = [TuneReportCallback(), *config.pop("callbacks", [])]  # more of them: raytune_pbt_hpo.py
+    fine_tune(config, s, *ray.get(data), callbacks)
 
 
 def run_trial(config, s, data, worker):
