@@ -26,7 +26,6 @@ from conftest import HEAD, REPO, SCRIPT, copy_of_the_course, job_of, load_module
 IMPORT = "import torch, deepspeed, ray.train.torch; from transformers import Trainer"
 DEMO = {"TRAIN_SAMPLES": "160", "EVAL_SAMPLES": "50", "LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "CPUS_PER_WORKER": "1"}
 SETTINGS = ("TORCHDYNAMO_DISABLE", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "TRANSFORMERS_VERBOSITY")
-CALLBACKS = "callbacks=[TuneReportCallback()]"
 FIRST_STEP = '''
     class FirstStep(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -34,7 +33,7 @@ FIRST_STEP = '''
                 with open(os.environ["FIRST_STEPS"], "a") as file:
                     file.write(f"{time.monotonic()}\\n")
 
-    fine_tune('''
+    callbacks = [FirstStep(), '''
 
 
 def trains_the_same(trials):
@@ -79,8 +78,9 @@ def main():
         course, demo, steps = copy_of_the_course(Path(folder) / "repo"), Path(folder) / "demo", Path(folder) / "steps"
         subprocess.run([sys.executable, REPO / "scripts/demo_assets.py", demo], check=True, stdout=subprocess.DEVNULL)
         script = Path(folder) / "repo" / SCRIPT.relative_to(REPO)
-        text = script.read_text().replace(CALLBACKS, "callbacks=[TuneReportCallback(), FirstStep()]")
-        script.write_text(text.replace("\n    fine_tune(config, s, ", FIRST_STEP + "config, s, "))
+        text, line = script.read_text(), "\n    callbacks = ["
+        assert text.count(line) == 1
+        script.write_text(text.replace(line, FIRST_STEP))
         environ = os.environ | DEMO | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
 
         imports = min(timed([sys.executable, "-c", IMPORT]) for _ in range(3))

@@ -114,8 +114,8 @@ def child(variant, folder, samples, eval_samples, gpu):
                 "EVAL_SAMPLES": str(eval_samples), "NUM_EPOCHS": "1", "GPUS_PER_WORKER": str(int(gpu)), "SEED": str(SEED)}
     settings = hpo.read_settings(settings)
     measure = Measure()
-    hyperparameters = {"lr": 2e-5, "per_device_bs": BATCH, "wd": 0.01}
-    hpo.fine_tune(hyperparameters, settings, *hpo.load_squad(settings), [measure], **more)
+    hyperparameters = {"lr": 2e-5, "per_device_bs": BATCH, "wd": 0.01} | more
+    hpo.fine_tune(hyperparameters, settings, *hpo.load_squad(settings), [measure])
     memory = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     words = VOCABULARY * measure.width
     body = measure.parameters - words
