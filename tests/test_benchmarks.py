@@ -3,7 +3,7 @@
 import statistics
 
 import pytest
-from conftest import REPO, edit, load_module
+from conftest import REPO, load_module
 
 
 @pytest.mark.parametrize("slots", [1, 4])
@@ -29,22 +29,6 @@ def test_savings_the_recorded_configurations_are_those_of_the_search(hpo):
     drawn = savings.draw_configurations(space, curves.about["SEED"], len(recorded))
     for ours, theirs in zip(drawn, recorded, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-9)
-
-
-def test_the_lines_of_the_page_for_even_learning_rates_draw_them(course):
-    from ray.tune.experiment import Experiment
-    from ray.tune.registry import register_trainable
-
-    script = load_module(edit(course, (REPO / "tests/benchmarks/README.md").read_text()))
-    settings = script.read_settings({"NUM_SAMPLES": "6", "LR_LOWER": "1e-6", "LR_UPPER": "1"})
-    register_trainable("nothing", lambda config: None)
-    sampler = script.sampler(settings)
-    space = script.search_space(settings)
-    sampler.add_configurations(Experiment("even", run="nothing", config=space, num_samples=6))
-    drawn = [sampler.next_trial().config["train_loop_config"] for _ in range(6)]
-    rates = [d["lr"] for d in drawn]
-    assert sorted(rates) == pytest.approx([10 ** (-6 + i + 0.5) for i in range(6)]) and rates != sorted(rates)
-    assert {d["per_device_bs"] for d in drawn} <= {1, 2}
 
 
 def test_every_benchmark_is_on_the_page():

@@ -14,7 +14,7 @@ TRIALS = 110  # with more than 100 the log has one line a trial
 
 
 def test_more_than_a_hundred_trials_have_a_line_and_a_row_each_and_leave_no_processes(tmp_path):
-    course = scale.course_of_cheap_trials(tmp_path, at_once=2, one_process=True)
+    course = scale.course_of_cheap_trials(tmp_path, at_once=2)
     run = scale.ARun(course, scale.settings(course, trials=TRIALS, epochs=2), every=0.5)
     assert run.process.wait(600) == 0, run.log()
     run.reader.join(60)

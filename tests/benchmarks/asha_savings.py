@@ -64,11 +64,11 @@ def record(path, count):
     """
     hpo = load_module(SCRIPT)
     hpo.DS_CONFIG = None  # one process has nothing to split
-    os.environ.update(hpo.QUIETER_AND_FASTER)
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, REPO / "scripts/demo_assets.py", folder], check=True, stdout=subprocess.DEVNULL)
         environ = {"MODEL_NAME": f"{folder}/model", "SQUAD_DATA": f"{folder}/squad"} | QUICKSTART | os.environ
-        s = hpo.read_settings(environ, look_into_folders=True)
+        s = hpo.read_settings(environ)
         import torch
         import transformers
 
@@ -82,7 +82,7 @@ def record(path, count):
                 self.at = time.process_time()
 
             def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-                now, loss = time.process_time(), metrics["eval_loss"]
+                now, loss = time.process_time(), metrics["eval_answer_loss"]
                 curve["eval_loss"].append(round(loss, 6) if math.isfinite(loss) else None)
                 curve["seconds"].append(round(now - self.at, 3))
                 self.at = now
@@ -222,13 +222,6 @@ def settings_of(hpo, about):
     return hpo.read_settings(environ)
 
 
-def asha(hpo, settings):
-    """The script's own scheduler; nothing is kept of its journal."""
-    scheduler = hpo.scheduler(settings)
-    scheduler.journal = Path(os.devnull)
-    return scheduler
-
-
 # ======================================================================================================================
 # Tables
 # ======================================================================================================================
@@ -244,7 +237,7 @@ def compare_with_full(hpo, curves, seed, slots, startup):
 
     settings = settings_of(hpo, curves.about)
     twelve = random.Random(seed).sample(curves.recorded, TWELVE)
-    full, ours = (replay(scheduler, lambda trial_id: twelve[int(trial_id)], slots, startup, TWELVE) for scheduler in (FIFOScheduler(), asha(hpo, settings)))
+    full, ours = (replay(scheduler, lambda trial_id: twelve[int(trial_id)], slots, startup, TWELVE) for scheduler in (FIFOScheduler(), hpo.scheduler(settings)))
     best = min(full["ran"], key=lambda trial: np.nanmin(trial.losses)).trial_id
     reached = {trial.trial_id: trial.last_result["epoch"] for trial in ours["ran"]}
     return {
@@ -377,7 +370,7 @@ def table_of_the_check(hpo, runs=1000):
     for trials, max_t, slots in ((12, 5, 1), (12, 5, 4), (12, 8, 2), (40, 5, 8)):
         settings, totals = hpo.read_settings({"NUM_EPOCHS": str(max_t)}), []
         for seed in range(runs):
-            totals.append(replay(asha(hpo, settings), partial(flat_curve, random.Random(seed), max_t), slots, 0, trials)["epochs"])
+            totals.append(replay(hpo.scheduler(settings), partial(flat_curve, random.Random(seed), max_t), slots, 0, trials)["epochs"])
         low, high = np.percentile(totals, [5, 95])
         print(f"| {trials} | {max_t} | {slots} | {low:.0f}-{high:.0f} | {'-'.join(map(str, fill_tables.expected_epochs(trials, max_t, slots)))} |", flush=True)
 

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""What grows with the number of trials, and with the number of nodes: the real driver on a real Ray, with a trial that costs nothing.
+"""What grows with the number of trials and of nodes: the real driver on a real Ray, with trials that cost nothing.
 
-    .venv/bin/python tests/benchmarks/scale.py                             # 12, 100 and 1,000 trials; about 25 minutes on 2 cores
-    .venv/bin/python tests/benchmarks/scale.py --trials 10000 --minutes 9  # cut short after 9 minutes; figures of the trials done
-    .venv/bin/python tests/benchmarks/scale.py --trials 1000 --one-process # trials share processes: the driver alone is measured
+    .venv/bin/python tests/benchmarks/scale.py                             # 12, 100 and 1,000 trials; a few minutes
+    .venv/bin/python tests/benchmarks/scale.py --trials 10000 --minutes 9  # cut short after 9 minutes
     .venv/bin/python tests/benchmarks/scale.py --nodes 1 4 8 16            # worker nodes on this machine join, then leave
 
-Run by the head script in a copy of the repository, in which a trial is a function that reports a made-up loss for up to
-NUM_EPOCHS epochs, in one process. Nothing else should run on the machine.
+Run by the head script in a copy of the repository whose fast_trials.py makes up the losses: a slot's trials share a
+process, as in the exercise, which costs nothing. Nothing else should run on the machine.
 """
 
 import argparse
@@ -27,34 +26,42 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import HEAD, REPO, command_of, copy_of_the_course, pids, wait_for
 
-TRIAL = '''
-def run_trial(config, settings, **_):  # the one above costs a training; this one nothing
-    from ray import tune
+CHEAP_TRIALS = '''
+import math, time
+from ray import tune
 
-    lr = config["train_loop_config"]["lr"]
-    for epoch in range(1, settings.NUM_EPOCHS + 1):
+class CheapTrial(tune.Trainable):
+    def setup(self, config):
+        self.reset_config(config)
+
+    def reset_config(self, new_config):
+        self.lr, self.epoch = new_config["train_loop_config"]["lr"], 0
+        return True
+
+    def step(self):
         time.sleep(SECONDS)
-        tune.report({"eval_loss": 1 + abs(math.log10(lr) + 3) / epoch, "epoch": float(epoch)})
+        self.epoch += 1
+        return {"eval_loss": 1 + abs(math.log10(self.lr) + 3) / self.epoch, "epoch": float(self.epoch)}
 
-
-if __name__ == "__main__":'''
+def improve(plan):
+    plan.trainable = tune.with_resources(CheapTrial, {"trial_slot": 1})
+    plan.tune_config.reuse_actors = True
+    plan.run_config.checkpoint_config = tune.CheckpointConfig(checkpoint_at_end=False)
+'''
 ENDS = ("  stopped ", "  finished ", "  ended ", "  FAILED ")
 
 
-def course_of_cheap_trials(folder, at_once, one_process=False, seconds=0):
-    """The exercise's folder in a copy of the repository with the trial above, and `at_once` places for trials on this machine.
+def course_of_cheap_trials(folder, at_once, seconds=0):
+    """The exercise's folder in a copy of the repository with the trials above, `at_once` slots on this machine.
 
-    one_process: trials that follow one another share a process. seconds: what an epoch takes.
+    seconds: what an epoch takes.
     """
     course = copy_of_the_course(folder)
-    script, head = course.parents[3] / "scripts/raytune_hpo/raytune_asha_scheduler/raytune_asha_hpo.py", course / HEAD
-    text = script.read_text().replace('\nif __name__ == "__main__":', TRIAL.replace("SECONDS", str(seconds)))
-    if one_process:
-        text = text.replace("tune_config=tune.TuneConfig(", "tune_config=tune.TuneConfig(reuse_actors=True,")
-    offer = 'offer=(--num-cpus="$((slots * W * Cw))" --num-gpus="$gpus")'
-    assert "# the one above" in text and offer in head.read_text() and (not one_process or "reuse_actors" in text)
-    script.write_text(text)
-    head.write_text(head.read_text().replace(offer, f"offer=(--num-cpus={at_once} --num-gpus=0)"))
+    tools = course.parents[3] / "scripts/raytune_hpo"
+    (tools / "raytune_asha_scheduler/fast_trials.py").write_text(CHEAP_TRIALS.replace("SECONDS", str(seconds)))
+    text, line = (tools / "ray_job.sh").read_text(), "    # Tune runs as many trials at once as there are trial_slots.\n"
+    assert text.count(line) == 1
+    (tools / "ray_job.sh").write_text(text.replace(line, f"    SLOTS={at_once}\n"))
     return course
 
 
@@ -147,9 +154,9 @@ def size_of(folder):
     return len(sizes), sum(sizes) / 1e6
 
 
-def many_trials(folder, trials, minutes, at_once, one_process):
+def many_trials(folder, trials, minutes, at_once):
     """One run: a dict of figures."""
-    course = course_of_cheap_trials(folder, at_once, one_process)
+    course = course_of_cheap_trials(folder, at_once)
     run, start = ARun(course, settings(course, trials)), time.monotonic()
     while run.process.poll() is None and time.monotonic() < start + 60 * minutes:
         time.sleep(0.5)
@@ -191,7 +198,7 @@ source "$REPO/scripts/raytune_hpo/ray_job.sh"
 trap 'end_owned; exit' EXIT TERM
 choose_python
 prepare_ray
-start_ray --address="$(<"$RUN_DIR/address")" --num-cpus=1 --num-gpus=0
+start_ray --address="$(<"$RUN_DIR/address")" --num-cpus=1 --num-gpus=0 --resources='{"trial_slot": 1}'
 wait_until 240 "Ray to join" ray_started >&2                   # the line that it writes after 10 s is not for the other end
 echo joined
 while kill -0 "$RAY" 2>/dev/null && read -r -t 1 _ || (($? > 128)); do :; done     # until the other end is closed
@@ -237,7 +244,6 @@ def main():
     parser.add_argument("--trials", type=int, nargs="+", default=[12, 100, 1000], help="default 12 100 1000; one run for each")
     parser.add_argument("--minutes", type=float, default=30, help="a run is cut short after so many minutes (default 30)")
     parser.add_argument("--at-once", type=int, default=2, help="trials at once (default 2)")
-    parser.add_argument("--one-process", action="store_true", help="a place's trials share one process (reuse_actors): no time for starting processes")
     parser.add_argument("--nodes", type=int, nargs="+", help="numbers of worker nodes, increasing; instead of --trials")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep logs and run folders here")
     a = parser.parse_args()
@@ -252,7 +258,7 @@ def main():
             for row in many_nodes(folder / "nodes", a.nodes):
                 print("| " + " | ".join(map(show, row)) + " |", flush=True)
         else:
-            columns = [many_trials(folder / f"{i}", trials, a.minutes, a.at_once, a.one_process) for i, trials in enumerate(a.trials)]
+            columns = [many_trials(folder / f"{i}", trials, a.minutes, a.at_once) for i, trials in enumerate(a.trials)]
             print("| trials | " + " | ".join(map(str, a.trials)) + " |\n|---|" + "---|" * len(columns))
             for name in columns[0]:
                 print(f"| {name} | " + " | ".join(show(column[name]) for column in columns) + " |")

@@ -68,7 +68,6 @@ def matmul_flops(gpu):
 def child(variant, folder, samples, eval_samples, gpu):
     """One worker of one run; writes what it measured to FOLDER/<rank>.json."""
     hpo = load_module(SCRIPT)
-    os.environ.update(hpo.QUIETER_AND_FASTER)
     import torch
     from transformers import TrainerCallback
 
@@ -77,19 +76,20 @@ def child(variant, folder, samples, eval_samples, gpu):
     def collate(rows, pad_id, trim_logits=True):
         batch = ours(rows, pad_id, trim_logits and variant == "ours")
         if variant == "recipe":
-            more = hpo.MAX_LENGTH - batch["input_ids"].shape[1]
+            more = 512 - batch["input_ids"].shape[1]
             fills = {"input_ids": pad_id, "attention_mask": 0, "labels": -100}
             batch = {key: torch.nn.functional.pad(batch[key], (more, 0), value=fill) for key, fill in fills.items()}
         computed.append((batch["input_ids"].numel(), batch["labels"].numel()))
         return batch
 
     hpo.collate = collate
+    more = {"logging_strategy": "steps", "logging_steps": 1}
     if variant == "recipe":
-        hpo.EVAL_BATCH_SIZE = BATCH  # 8 rows of 512 positions with 250,880 logits would need 12 GB
-        hpo.keep_freed_memory = lambda: None
+        more["per_device_eval_batch_size"] = BATCH  # 8 rows of 512 positions with 250,880 logits need 12 GB
         config = json.loads(hpo.DS_CONFIG.read_text())
         config["zero_optimization"]["stage"] = 3
-        hpo.deepspeed_config = lambda gpu: config
+        hpo.DS_CONFIG = folder / f"ds_config-{os.environ['RANK']}.json"
+        hpo.DS_CONFIG.write_text(json.dumps(config))
     steps, losses, evaluations = [], [], []
 
     class Measure(TrainerCallback):
@@ -103,16 +103,22 @@ def child(variant, folder, samples, eval_samples, gpu):
 
         def on_log(self, args, state, control, logs=None, **__):
             losses.extend([logs["loss"]] if "loss" in logs else [])
-            evaluations.extend([(logs["eval_loss"], logs["eval_runtime"])] if "eval_loss" in logs else [])
+            key = "eval_answer_loss"
+            evaluations.extend([(logs[key], logs["eval_runtime"])] if key in logs else [])
+
+        def on_train_end(self, args, state, control, model=None, **__):
+            self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+            self.width = model.config.hidden_size
 
     settings = {"MODEL_NAME": str(folder / "model"), "SQUAD_DATA": os.environ["SQUAD_DATA"], "TRAIN_SAMPLES": str(samples),
                 "EVAL_SAMPLES": str(eval_samples), "NUM_EPOCHS": "1", "GPUS_PER_WORKER": str(int(gpu)), "SEED": str(SEED)}
     settings = hpo.read_settings(settings)
-    every_loss = {"logging_strategy": "steps", "logging_steps": 1}
-    trainer = hpo.fine_tune({"lr": 2e-5, "per_device_bs": BATCH, "wd": 0.01} | every_loss, settings, *hpo.load_squad(settings), [Measure()])
+    measure = Measure()
+    hyperparameters = {"lr": 2e-5, "per_device_bs": BATCH, "wd": 0.01} | more
+    hpo.fine_tune(hyperparameters, settings, *hpo.load_squad(settings), [measure])
     memory = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    words = VOCABULARY * trainer.model.config.hidden_size
-    body = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()) - words
+    words = VOCABULARY * measure.width
+    body = measure.parameters - words
     tokens, positions = (statistics.mean(column) for column in zip(*computed[1 : len(steps)], strict=True))
     result = {"steps": steps[1:], "losses": losses, "eval": evaluations[0], "memory": memory, "tokens": tokens, "positions": positions,
               "flops": 6 * (body * tokens + words * positions), "matmul": matmul_flops(gpu)}
@@ -123,6 +129,8 @@ def run(variant, folder, a):
     """One run in processes of its own: what child() measured, memory and matmul summed over the workers."""
     threads = str(max(1, (os.cpu_count() or 1) // a.workers))
     environ = os.environ | {"OMP_NUM_THREADS": threads, "TORCHDYNAMO_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    if variant == "ours":  # as ray_job.sh sets it
+        environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={a.workers}", __file__]
     options = ["--child", variant, str(folder), "--samples", str(a.samples), "--eval-samples", str(a.eval_samples), *(["--gpu"] if a.gpu else [])]
     done = subprocess.run(command + options, env=environ, text=True, check=False, capture_output=True)

@@ -157,8 +157,7 @@ DS_CONFIG = next((d / "ds_config.json" for d in FOLDERS if (d / "ds_config.json"
 def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
     """Trains one configuration for NUM_EPOCHS epochs, in each process of a data-parallel group or in one.
 
-    After each epoch callbacks get the metric eval_answer_loss: the mean over all answer tokens, in nats. (Its
-    own eval_loss is a mean of batch means.)
+    After each epoch callbacks get the metric eval_answer_loss: the mean over all answer tokens, in nats.
     """
     import torch
     from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
