@@ -1,6 +1,5 @@
 """The exercises as a student does them: edits and commands are read from EXERCISES.md. Real Slurm, Ray and training, small."""
 
-import os
 import re
 import subprocess
 import sys
