@@ -38,8 +38,15 @@ def mutations(s):
     return {"lr": tune.loguniform(s.LR_LOWER, s.LR_UPPER), "wd": s.WD_CHOICES}
 
 
+class Pbt(PopulationBasedTraining):
+    def choose_trial_to_run(self, controller):
+        """The one furthest behind. Ray's own choice can be a copy for ever, while its donor never runs."""
+        waiting = [each for each in controller.get_trials() if each.status in (each.PENDING, each.PAUSED)]
+        return min(waiting, key=lambda trial: trial.last_result.get("epoch", 0), default=None)
+
+
 def scheduler(s):
-    return PopulationBasedTraining(
+    return Pbt(
         metric="eval_loss", mode="min", time_attr="epoch", perturbation_interval=INTERVAL,
         hyperparam_mutations={"train_loop_config": mutations(s)},
     )
@@ -99,7 +106,8 @@ class PbtTrial(fast_trials.WarmTrial):
         return {"folder": self.last["checkpoint"]}
 
     def load_checkpoint(self, checkpoint):
-        self.start_from = checkpoint["folder"]
+        if Path(checkpoint["folder"]).exists():  # else removed just before the run was killed: it starts over
+            self.start_from = checkpoint["folder"]
 
     def start(self):
         folder = self.context.run_dir / "checkpoints" / self.trial_id
@@ -137,8 +145,8 @@ class Checkpoints(tune.Callback):
             self.saved.remove(folder)
             shutil.rmtree(folder, ignore_errors=True)
 
-    def on_experiment_end(self, trials, **info):
-        if all(trial.status == trial.TERMINATED for trial in trials):
+    def on_trial_complete(self, iteration, trials, trial, **info):
+        if all(each.status == each.TERMINATED for each in trials if each is not trial):
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
