@@ -1,6 +1,5 @@
 """The exercises as a student does them: edits and commands are read from EXERCISES.md. Real Slurm, Ray and training, small."""
 
-import os
 import re
 import subprocess
 import sys
@@ -73,13 +72,9 @@ def test_every_exercise_has_its_parts():
         assert fenced(section, "bash"), number
 
 
-@pytest.mark.parametrize("number", [3, 4, 6, 10, 11])
+@pytest.mark.parametrize("number", [3, 4, 6, 11])
 def test_each_edit_fits_the_script_and_leaves_it_right(number, course):
     script = edit(course, exercise(number))
-    environ = os.environ | {"CHECKPOINTS": "1"}
-    if number != 11:  # needs a package of its own, when the search starts
-        check = subprocess.run([sys.executable, script, "--check"], env=environ, text=True, check=False, capture_output=True, timeout=60)
-        assert check.returncode == 0, check.stderr
     assert subprocess.run([sys.executable, "-m", "py_compile", script], check=False).returncode == 0
 
 
@@ -142,6 +137,13 @@ def test_the_winner_for_thirty_epochs(done):
     told = done.types(block, 240)
     best = best_of(done.log(done.shell["job"]))["config"]["train_loop_config"]
     assert re.search(rf"^RESULT lr={best['lr']} per_device_bs={best['per_device_bs']} ", told, re.MULTILINE) and "epoch 30/30" in told
+
+
+def test_population_based_training(student):
+    (block,) = fenced(exercise(10), "bash")
+    student.types(block)
+    log = student.runs()
+    assert log.count("finished   all epochs") == 4 and len(table_of(log)) == 4
 
 
 def test_a_sampler_that_learns(student):

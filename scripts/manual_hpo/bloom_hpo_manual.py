@@ -61,10 +61,11 @@ def train(hyperparameters, settings, csv_file):
         """One line for each evaluation."""
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            reports.append((metrics["eval_loss"], round(state.epoch)))
+            loss = metrics["eval_answer_loss"]
+            reports.append((loss, round(state.epoch)))
             if first:
                 epoch = f"epoch {round(state.epoch)}/{settings.NUM_EPOCHS}"
-                text = f"{drawn}  {epoch}  eval_loss {metrics['eval_loss']:.5f}"
+                text = f"{drawn}  {epoch}  eval_loss {loss:.5f}"
                 print(f"{time.strftime('%H:%M:%S')} manual | {text}", flush=True)
 
     hpo.fine_tune(hyperparameters, settings, *hpo.load_squad(settings), callbacks=[PrintReport()])

@@ -3,8 +3,8 @@
 
 Read that file first: data, objective, search space and variables are the same. Here no trial is stopped.
 After an epoch, a trial in the worst quarter copies one in the best, weights and all, and continues from there
-with slightly different hyperparameters. While the search runs, the last checkpoint of each trial is kept (8 GB
-for BLOOM-560M), and those from which a trial is about to continue; at the end, none.
+with slightly different hyperparameters. While the search runs, each trial's last checkpoint is kept (8 GB for
+BLOOM-560M), and those from which a trial is about to continue; at the end, none.
 
     cd experiments/raytune/scheduler/asha
     export SEARCH_SCRIPT=../../../../scripts/raytune_hpo/raytune_pbt_scheduler/raytune_pbt_hpo.py
@@ -40,16 +40,13 @@ def mutations(s):
 
 def scheduler(s):
     return PopulationBasedTraining(
-        metric="eval_loss",
-        mode="min",
-        time_attr="epoch",
-        perturbation_interval=INTERVAL,
+        metric="eval_loss", mode="min", time_attr="epoch", perturbation_interval=INTERVAL,
         hyperparam_mutations={"train_loop_config": mutations(s)},
     )
 
 
 def check(s):
-    """Ends the script, before anything starts, if `mutations` names what a copy cannot change."""
+    """Ends the script, before anything starts, if `mutations` has what a copy cannot change."""
     for name in mutations(s):
         if name in ("per_device_bs", "gradient_accumulation_steps"):
             sys.exit(f"ERROR: mutations: {name!r} sets the steps of an epoch: it cannot change in between")
@@ -72,12 +69,11 @@ def improve(plan):
 def train_loop_per_worker(config, folder, start_from=None):
     """The lesson's, but it reports when the epoch's checkpoint lies in the folder, and says where."""
     from transformers import TrainerCallback
-
     report, evaluated = config["report"], {}
 
     class Checkpointing(TrainerCallback):
         def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
-            """The checkpoint is loaded. Its hyperparameters are the donor's: the drawn ones replace them."""
+            """The loaded checkpoint has its donor's hyperparameters; this trial's own replace them."""
             for group, its_lr in zip(optimizer.param_groups, lr_scheduler.base_lrs, strict=True):
                 group["lr"] *= args.learning_rate / its_lr  # stays at its place in the schedule
                 group["initial_lr"] = args.learning_rate
@@ -93,7 +89,7 @@ def train_loop_per_worker(config, folder, start_from=None):
 
 
 class PbtTrial(fast_trials.WarmTrial):
-    """The Trainer writes the checkpoints. What Tune saves, and hands to a copy, is the folder's name."""
+    """The Trainer writes the checkpoints. Tune saves only the name of the folder, and hands it to copies."""
 
     def reset_config(self, new_config):
         self.start_from = None
@@ -134,7 +130,7 @@ class Checkpoints(tune.Callback):
     def on_trial_save(self, iteration, trials, trial, **info):
         needed = set()
         for each in trials:
-            if each.status != each.TERMINATED:  # it may be continued, or copied as it was at a comparison
+            if each.status != each.TERMINATED:  # it may continue, or be copied as of the last comparison
                 own = [folder for folder in self.saved if f"/{each.trial_id}/" in folder]
                 needed.update([starts_from(each), *own[-INTERVAL:]])
         for folder in set(self.saved) - needed:
@@ -153,5 +149,5 @@ def starts_from(trial):
 
 if __name__ == "__main__":
     check(lesson.read_settings(os.environ))
-    lesson.NEIGHBOURS = ["run_state", "raytune_pbt_hpo", "trial_log"]
+    lesson.__doc__, lesson.NEIGHBOURS = __doc__, ["run_state", "raytune_pbt_hpo", "trial_log"]
     lesson.main()
