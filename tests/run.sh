@@ -29,6 +29,6 @@ if ((${#missing[@]})); then
     (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}") >&2
 fi
 
-.venv/bin/ruff check --extend-select E501 --line-length 110 .
+.venv/bin/ruff check --extend-select E501 --line-length 120 .
 git ls-files -z '*.sh' '*.slurm' .ci/run | xargs -0 shellcheck -x
 exec .venv/bin/python -m pytest -p no:cacheprovider "$@" tests

@@ -150,7 +150,7 @@ STATES = [  # check, what is done before it, what it must say
      FAILED + "disk: .*/runs has 20 MB free, a run needs 100; fix: "),
     ('check_disk "$RUN_DIR" 100', MOUNT.format("200m", 1, RUNS),
      FAILED + "disk: 50 MB cannot be written to .*/runs: dd.* No space left on device; fix: see your quota"),
-    ('dd() { head -c 9999 /dev/zero >"$RUN_DIR/file"; }; check_disk "$RUN_DIR" 1',
+    ('timeout() { :; }; check_disk "$RUN_DIR" 1',  # as if its 50 MB could be written
      MOUNT.format("100m", 0, RUNS) + '; fallocate -l 97M "$RUN_DIR/old"',
      r"warning +\w+ +disk: .* is 9\d % full"),
     ("check_shm", MOUNT.format("64m", 0, "/dev/shm"),

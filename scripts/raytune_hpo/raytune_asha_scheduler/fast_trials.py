@@ -5,7 +5,8 @@ stay. Tune's `reuse_actors=True` hands a WarmTrial the next configuration; it ha
 `train_loop_per_worker` runs in a thread. A report waits there until Tune asks for the next one, so a stopped
 trial computes nothing more; an exception at that point unwinds it before the next one starts.
 
-After an error or a loss that is not finite the processes are replaced: no later trial inherits them.
+After an error, a loss that is not finite or a training that leaves its model in memory (ZeRO-3) the processes
+are replaced: no later trial inherits them.
 """
 
 import datetime
@@ -19,10 +20,12 @@ import time
 import ray
 from ray import tune
 from ray.exceptions import RayActorError
+from ray.tune.result import RESULT_DUPLICATE
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-JOIN_SECONDS = 600  # for the W processes to import what they need and find one another
-GRACE_SECONDS = 2  # after the first failure, for the one that caused it
+JOIN_SECONDS = 600  # for the W processes to find one another
+END_SECONDS = 60  # for a stopped trial to unwind
+GRACE_SECONDS = 2  # after a first failure, for the one that caused it
 
 
 def improve(plan, trial_class=None):
@@ -40,38 +43,40 @@ class WarmTrial(tune.Trainable):
     """The trials of one slot, one after another."""
 
     def setup(self, config, context=None):
-        self.context, self.processes, self.diverged = context, [], False
+        self.context, self.processes, self.sound = context, [], False
         self.reset_config(config)
 
     def reset_config(self, new_config):
         """Tune: the next trial. It starts at its first step, so that its errors are told as a trial's errors."""
-        self.config, self.started = new_config, False
+        self.config, self.started, self.last = new_config, False, None
         return True
 
     def step(self):
         """Trains until the next report and returns it."""
         if not self.started:
             self.start()
+        self.sound = False  # unless this step ends well
         report = self.of_all("next_report")[0]
+        if report is None and self.last is None:
+            raise RuntimeError("the training ended without a report")
+        self.sound = report is None or math.isfinite(report["eval_loss"])
         if report is None:  # fewer epochs than NUM_EPOCHS, as drawn
-            return self.last | {"done": True}
-        self.diverged = not math.isfinite(report["eval_loss"])
+            return {"done": True, RESULT_DUPLICATE: True}
         self.last = report
         return dict(report)
 
     def start(self):
-        if self.processes and not self.diverged:
+        if self.sound:
             try:
                 self.of_all("end")
             except Exception:  # noqa: BLE001  whatever it is, it is not this trial's fault
-                self.diverged = True
-        if self.diverged:
+                self.sound = False
+        if not self.sound:
             self.cleanup()
-        if not self.processes:
             self.processes = self.new_processes()
-            address = ray.get(self.processes[0].open_store.remote(), timeout=JOIN_SECONDS)
+            address, *_ = self.of_all("prepare")
             self.of_all("join", address)
-        self.diverged, self.started = False, True
+        self.started = True
         context = self.context
         config = self.config["train_loop_config"] | {"settings": context.s, "data": context.data}
         self.of_all("start", context.loop, config)
@@ -79,36 +84,29 @@ class WarmTrial(tune.Trainable):
     def new_processes(self):
         place, worker = ray.util.get_current_placement_group(), self.context.worker
         return [
-            TrainingProcess.options(
+            ray.remote(TrainingProcess)
+            .options(
                 num_cpus=worker["CPU"],
                 num_gpus=worker.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=rank + 1),
-            ).remote(rank, self.context.s.WORKERS_PER_TRIAL)
+            )
+            .remote(rank, self.context.s.WORKERS_PER_TRIAL)
             for rank in range(self.context.s.WORKERS_PER_TRIAL)
         ]
 
     def of_all(self, method, *arguments):
         """Calls a method of all W processes -> their answers, by rank. Raises what is to blame as soon as one fails."""
-        calls = {getattr(process, method).remote(*arguments): rank for rank, process in enumerate(self.processes)}
-        answers, waiting = {}, list(calls)
-        while waiting:
-            (done, *_), waiting = ray.wait(waiting)
-            try:
-                answers[calls[done]] = ray.get(done)
-            except Exception as error:
-                # If a process dies, the others fail, too; if a node is lost, so is this process: wait for either.
-                time.sleep(GRACE_SECONDS)
-                ended, _ = ray.wait([done, *waiting], num_returns=len(waiting) + 1, timeout=0)
-                for call in ended:
-                    if call not in answers and (rank := calls[call]) not in answers:
-                        try:
-                            ray.get(call)
-                        except RayActorError:
-                            raise RuntimeError(f"training worker {rank} died; out of memory?") from None
-                        except Exception:  # noqa: BLE001, S112  the first one is raised below
-                            continue
-                raise error
-        return [answers[rank] for rank in sorted(answers)]
+        calls = [getattr(process, method).remote(*arguments) for process in self.processes]
+        try:
+            return ray.get(calls)
+        except Exception:
+            # If one process dies, the others may fail first, for want of it. If the whole node is lost, so is this
+            # process: to wait leaves it no time to blame the trial, and run_state.py starts the trial again.
+            time.sleep(GRACE_SECONDS)
+            for rank, call in enumerate(calls):
+                if isinstance(error := failure(call), RayActorError):
+                    raise RuntimeError(f"training worker {rank} died; out of memory?") from error
+            raise
 
     def cleanup(self):
         for process in self.processes:
@@ -116,34 +114,43 @@ class WarmTrial(tune.Trainable):
         self.processes = []
 
 
+def failure(call):
+    """The exception of a call; None if it has succeeded."""
+    try:
+        ray.get(call, timeout=0)
+    except Exception as error:  # noqa: BLE001  the caller looks at it
+        return error
+    return None
+
+
 class Stopped(BaseException):
     """Raised in the training thread, at a report, when Tune has given the place to another trial."""
 
 
-@ray.remote
 class TrainingProcess:
-    """One of the W processes. It sees its own GPU alone, so that is device 0, whatever its number on the node."""
+    """One of the W processes: an actor. It sees its own GPU alone: device 0, whatever its number on the node."""
 
     def __init__(self, rank, number):
+        # LOCAL_RANK is where accelerate and DeepSpeed take the number of the GPU from.
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(number), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        self.rank, self.number = rank, number
+
+    def prepare(self):
+        """Imports what training needs. -> rank 0: the address at which the others find it; others: None"""
         if not ray.get_gpu_ids():
             os.environ["DS_ACCELERATOR"] = "cpu"
-        self.rank, self.number, self.thread = rank, number, None
         gc.disable()  # the collector rescans imported objects again and again, and finds nothing
         import deepspeed  # noqa: F401
+        from torch.distributed import TCPStore
         from transformers import Trainer  # noqa: F401
 
         gc.freeze()
         gc.enable()
-
-    def open_store(self):
-        """Rank 0: the address at which the others find it. The system chooses the port, so it is free."""
-        from torch.distributed import TCPStore
-
-        address = ray.util.get_node_ip_address()
-        timeout = datetime.timedelta(seconds=JOIN_SECONDS)
-        self.store = TCPStore(address, 0, self.number, is_master=True, timeout=timeout, wait_for_workers=False)
-        return address, self.store.port
+        if self.rank > 0:
+            return None
+        # All W are on one node. The system chooses the port, so it is free.
+        self.store = TCPStore("127.0.0.1", 0, self.number, is_master=True, timeout=seconds(JOIN_SECONDS), wait_for_workers=False)
+        return self.store.host, self.store.port
 
     def join(self, address):
         """Makes this process one of the trial's process group, for all trials to come."""
@@ -151,12 +158,13 @@ class TrainingProcess:
 
         os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
         if self.rank > 0:
-            self.store = distributed.TCPStore(*address, self.number, timeout=datetime.timedelta(seconds=JOIN_SECONDS))
+            self.store = distributed.TCPStore(*address, self.number, timeout=seconds(JOIN_SECONDS))
         backend = "nccl" if ray.get_gpu_ids() else "gloo"
         distributed.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.number)
 
     def start(self, train_loop, config):
         self.reports, self.go_on, self.stopped, self.waits = queue.Queue(), threading.Semaphore(0), False, False
+        self.environment = dict(os.environ)
 
         def report(metrics):
             self.reports.put(metrics)
@@ -171,7 +179,7 @@ class TrainingProcess:
             except Stopped:
                 pass
             except BaseException as error:  # noqa: BLE001  raised again in next_report
-                self.reports.put(error)
+                self.reports.put(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
         self.thread = threading.Thread(target=train, daemon=True)
         self.thread.start()
@@ -182,7 +190,7 @@ class TrainingProcess:
             self.go_on.release()
         report = self.reports.get()
         self.waits = True
-        if isinstance(report, BaseException):
+        if isinstance(report, Exception):
             raise report
         return report
 
@@ -190,12 +198,23 @@ class TrainingProcess:
         """Unwinds the training that waits at its last report, and gives its memory back."""
         self.stopped = True
         self.go_on.release()
-        self.thread.join(JOIN_SECONDS)
-        if self.thread.is_alive():
-            raise RuntimeError(f"the previous trial is still training after {JOIN_SECONDS} s")
-        self.reports = None
+        self.thread.join(END_SECONDS)
+        if self.thread.is_alive() or not self.reports.empty():
+            raise RuntimeError("the previous trial's training did not unwind")
+        # accelerate leaves variables behind that would turn DeepSpeed on in a trial without it.
+        for name in set(os.environ) - set(self.environment):
+            del os.environ[name]
+        os.environ.update(self.environment)
         gc.collect()
+        import deepspeed
         import torch
 
+        # ZeRO-3 of DeepSpeed 0.19.8 never lets go of its model, and computes linear layers in another way from then on.
+        if any(type(thing) is deepspeed.DeepSpeedEngine for thing in gc.get_objects()):
+            raise RuntimeError("the previous trial's model is still in memory")
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+
+def seconds(number):
+    return datetime.timedelta(seconds=number)

@@ -237,7 +237,7 @@ def run_trial(config, s, data, worker):
     from ray.train.torch import TorchTrainer
     TorchTrainer(
         train_loop_per_worker,
-        train_loop_config=config["train_loop_config"] | {"settings": s, "data": data, "report": train.report},
+        train_loop_config=config["train_loop_config"] | {"settings": s, "data": data[0], "report": train.report},
         scaling_config=train.ScalingConfig(num_workers=s.WORKERS_PER_TRIAL, use_gpu="GPU" in worker,
                                            resources_per_worker=worker, placement_strategy="STRICT_PACK"),
         run_config=train.RunConfig(storage_path=tempfile.mkdtemp(), callbacks=[ForwardReportsToTune()]),
@@ -267,7 +267,7 @@ def search(s, run_dir):
     say(f"cluster: {n} trial(s) at once, {s.WORKERS_PER_TRIAL} workers each, on {'GPUs' if gpus else 'CPUs'}")
     worker = {"CPU": s.CPUS_PER_WORKER} | ({"GPU": gpus} if gpus else {})  # what each needs
     data = ray.put(rows)  # once, for all trials
-    trial = tune.with_parameters(run_trial, s=s, data=data, worker=worker)
+    trial = tune.with_parameters(run_trial, s=s, data=[data], worker=worker)
     plan = SimpleNamespace(
         make_tuner=tune.Tuner,
         trainable=tune.with_resources(trial, {"trial_slot": 1}),
