@@ -5,7 +5,6 @@ decision on it, from which a continued run knows its rungs. Ray saves the trials
 """
 
 import json
-import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +27,8 @@ def improve(plan):
     save_settings(s, run_dir / "settings.json")
     # Seconds between two saves, from which a run is continued. A save takes longer the more trials there are.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(max(0.5, s.NUM_SAMPLES / 100)))
+    # No more trials are made ready than can start: so they start in the order drawn.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(int(ray.cluster_resources()["trial_slot"]))
     if type(plan.tune_config.scheduler) in (AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule):
         plan.tune_config.scheduler = Remembering(plan.tune_config.scheduler, run_dir / "reports.jsonl")
     if ray.__version__ in TESTED:
@@ -83,7 +84,7 @@ class Remembering(TrialScheduler):
     """
 
     def __init__(self, scheduler, journal):
-        self.scheduler, self.journal, self.decisions, self.order = scheduler, journal, None, {}
+        self.scheduler, self.journal, self.decisions = scheduler, journal, None
 
     @property
     def metric(self):
@@ -100,7 +101,6 @@ class Remembering(TrialScheduler):
                 self.scheduler.on_trial_add(controller, told)
                 self.scheduler.on_trial_result(controller, told, row)
                 self.decisions[row["trial_id"], row["epoch"]] = row["decision"]
-        self.order.setdefault(trial.trial_id, len(self.order))
         self.scheduler.on_trial_add(controller, trial)
 
     def on_trial_result(self, controller, trial, result):
@@ -113,9 +113,9 @@ class Remembering(TrialScheduler):
         return self.decisions[key]
 
     def choose_trial_to_run(self, controller):
-        """In the order drawn, also after a restart."""
+        """In the order drawn, also after a restart: names end with the trial's number."""
         waiting = [trial for trial in controller.get_live_trials() if trial.status == Trial.PENDING]
-        return min(waiting, key=lambda trial: self.order.get(trial.trial_id, math.inf), default=None)
+        return min(waiting, key=lambda trial: str(trial)[-5:], default=None)
 
     def on_trial_complete(self, controller, trial, result):
         self.scheduler.on_trial_complete(controller, trial, result)

@@ -1,0 +1,116 @@
+"""The lesson alone, and without each of the files beside it: the same losses, and no more lost than the file says."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import REPO, SCRIPT, table_of, wait_for
+
+NEIGHBOURS = {"fast_trials", "run_state", "trial_log"}
+FEW = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "8", "NUM_EPOCHS": "1", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "1"}
+RATE = 'tune.sample_from(lambda spec: math.inf if spec.config["train_loop_config"]["per_device_bs"] == 8 else 1e-2)'
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """A plain `ray start` that offers room for one trial: {RAY_ADDRESS}."""
+    folder = Path(f"/tmp/nb.{os.getpid()}")
+    environ = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    command = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--port=0", "--dashboard-port=0"]
+    command += ["--num-cpus=1", '--resources={"trial_slot": 1}', f"--temp-dir={folder}", "--disable-usage-stats"]
+    head = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        file = folder / "ray_current_cluster"
+        address = wait_for(lambda: file.exists() and file.read_text().strip(), 120, "the Ray head")
+        yield {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address}
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            head.wait(5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def search_with(ray_cluster, demo, tmp_path_factory):
+    """Runs the lesson in a folder of its own with these neighbours, one of its two trials at a rate that diverges."""
+
+    def run(*neighbours):
+        folder = tmp_path_factory.mktemp("lesson")
+        shutil.copy(REPO / "scripts/ds_config.json", folder)
+        text = SCRIPT.read_text()
+        for old, new in (("tune.choice(s.BS_CHOICES)", "tune.grid_search([8, 2])"), ("tune.loguniform(s.LR_LOWER, s.LR_UPPER)", RATE)):
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        (folder / SCRIPT.name).write_text(text)
+        for name in neighbours:
+            shutil.copy(SCRIPT.with_name(f"{name}.py"), folder)
+        variables = FEW | {"NUM_SAMPLES": "1", "MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+        command = [sys.executable, "-u", SCRIPT.name, "--run-dir", "results"]
+        done = subprocess.run(command, cwd=folder, env=os.environ | ray_cluster | variables, text=True, check=False,
+                              capture_output=True, timeout=300)  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+        losses = {}
+        for path in (folder / "results/tune").glob("*/result.json"):
+            for report in map(json.loads, path.read_text().splitlines()):
+                losses[report["config"]["train_loop_config"]["per_device_bs"], report["epoch"]] = report["eval_loss"]
+        return folder, done.stdout, losses
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(search_with):
+    return search_with()
+
+
+def test_the_lesson_alone_searches_with_plain_ray(alone):
+    """Places are freed, a diverged trial ends, the table and the best line are there."""
+    folder, log, losses = alone
+    assert set(losses) == {(2, 1.0), (8, 1.0)} and math.isfinite(losses[2, 1.0]) and math.isnan(losses[8, 1.0])
+    table = log[log.rindex("Number of trials: 2/2 (2 TERMINATED)") :]
+    assert [row["status"] for row in table_of(table) if row["status"]] == ["TERMINATED"] * 2
+    assert f"Best Trial Result:\n{{'eval_loss': {losses[2, 1.0]}, " in log
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["ds_config.json", SCRIPT.name, "results"])
+
+
+@pytest.mark.parametrize("missing", ["run_state", "trial_log"])
+def test_without_a_neighbour_only_what_it_does_is_lost(missing, search_with, alone):
+    folder, log, losses = search_with(*NEIGHBOURS - {missing})
+    assert {key: str(loss) for key, loss in losses.items()} == {key: str(loss) for key, loss in alone[2].items()}
+    assert "Best Trial Result:" in log
+    lines = re.findall(r"search \| TorchTrainer_\S+  (started|epoch|finished|ended)", log)
+    assert sorted(lines) == ([] if missing == "trial_log" else ["ended", "epoch", "epoch", "finished", "started", "started"])
+    kept = {path.name for path in (folder / "results").iterdir()} - {"tune"}
+    assert kept == (set() if missing == "run_state" else {"settings.json"})
+
+
+def test_with_another_ray_a_lost_node_costs_its_trials_and_the_log_says_so(tmp_path, monkeypatch, capsys):
+    """run_state.py replaces a method of Ray's, whose versions it names."""
+    import ray
+    from ray import tune
+    from ray.tune.experiment import Trial
+
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import run_state
+
+    rule = Trial.should_recover
+    monkeypatch.setattr(ray, "__version__", "9.9.9")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"trial_slot": 1})
+    monkeypatch.setenv("TUNE_MAX_PENDING_TRIALS_PG", "1")
+    context = SimpleNamespace(s=SimpleNamespace(NUM_SAMPLES=1), run_dir=tmp_path)
+    plan = SimpleNamespace(context=context, tune_config=tune.TuneConfig(), run_config=tune.RunConfig(), make_tuner=tune.Tuner)
+    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "1")
+    run_state.improve(plan)
+    assert capsys.readouterr().out.count("Ray 9.9.9 is not 2.60.0: a trial fails if its node is lost") == 1
+    assert Trial.should_recover is rule and plan.run_config.failure_config.max_failures == 0
