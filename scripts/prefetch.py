@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Puts a model into FOLDER/models and a data set into FOLDER/data, each as a folder of its own. scripts/prefetch.sh calls this.
+"""Puts a model into FOLDER/models and a data set into FOLDER/data. scripts/prefetch.sh calls this.
 
     python scripts/prefetch.py MODEL DATA FOLDER       # MODEL, DATA: a Hugging Face hub id or a local folder
 
@@ -27,8 +27,8 @@ from check_inputs import lesson as hpo
 
 MARK = "prefetched.json"  # in each folder that is made here: where from, and whether it is complete
 CONFIGURATION_AND_TOKENIZER = (
-    "config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
-    "vocab.json", "vocab.txt", "merges.txt", "*.model")  # fmt: skip
+    "config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.*", "vocab.json", "vocab.txt", "merges.txt", "*.model")  # fmt: skip
 INDEX = "model.safetensors.index.json"  # of weights in several files
 SQUAD_FILES = {"train": "train-v1.1.json", "validation": "dev-v1.1.json"}
 ONLINE_TIMEOUT = 20  # seconds, to find out whether the hub can be reached
@@ -39,7 +39,8 @@ def log(text):
 
 
 # ---- What can go wrong, in one line ----------------------------------------------------------------------------------
-UNREACHABLE = ("ConnectError", "ConnectTimeout", "ReadTimeout", "ReadError", "RemoteProtocolError", "ProxyError", "ConnectionError")
+UNREACHABLE = ("ConnectError", "ConnectTimeout", "ReadTimeout", "ReadError", "RemoteProtocolError", "ProxyError",
+               "ConnectionError")  # fmt: skip
 
 
 @contextmanager
@@ -64,22 +65,28 @@ def explain(error, variable, value, folder):
     def caused_by(*kinds):
         return any(isinstance(e, kinds) for e in chain)
 
-    status = next((e.response.status_code for e in chain if isinstance(e, errors.HfHubHTTPError) and e.response is not None), None)
+    responses = (e.response for e in chain if isinstance(e, errors.HfHubHTTPError))
+    status = next((response.status_code for response in responses if response is not None), None)
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     name = f"{variable}={value!r}"
-    if any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for e in chain) or "Not enough disk space" in str(error):
-        return f"FOLDER={str(folder)!r}: the disk is full, or your quota is reached ({free(folder)}); give a folder on another disk"
+    full = any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for e in chain)
+    if full or "Not enough disk space" in str(error):
+        why = f"the disk is full, or your quota is reached ({free(folder)})"
+        return f"FOLDER={str(folder)!r}: {why}; give a folder on another disk"
     if caused_by(errors.OfflineModeIsEnabled):
         switch = next(switch for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(switch))
         return f"{switch}={os.environ[switch]!r}: the hub is switched off; run: unset {switch}"
     if caused_by(errors.GatedRepoError):
-        return f"{name}: the hub gives it only to users who have accepted its terms; do so on {hub}/{value}, then: hf auth login"
+        why = "the hub gives it only to users who have accepted its terms"
+        return f"{name}: {why}; do so on {hub}/{value}, then: hf auth login"
     if caused_by(errors.RepositoryNotFoundError) or status in (401, 404):
-        return f"{name}: the hub has nothing public of this name; check the spelling (for a private one: hf auth login)"
+        why = "the hub has nothing public of this name"
+        return f"{name}: {why}; check the spelling (for a private one: hf auth login)"
     if status:
         return f"{name}: the hub answers with HTTP status {status}; try again later"
     if any(type(e).__name__ in UNREACHABLE for e in chain):
-        return f"{name}: {hub} cannot be reached from this machine ({one_line(chain[-1])}); use a login node that can, or set HTTPS_PROXY to your site's proxy"
+        why = f"{hub} cannot be reached from this machine ({one_line(chain[-1])})"
+        return f"{name}: {why}; use a login node that can, or set HTTPS_PROXY to your site's proxy"
     return f"{name}: cannot be fetched: {type(error).__name__}: {one_line(error)}"
 
 
@@ -93,7 +100,10 @@ def free(folder):
 
 # ---- Folders ---------------------------------------------------------------------------------------------------------
 def place(source, folder):
-    """(target, complete): the folder in `folder` for `source`, and whether all of it is there. Raises InputError if others use it."""
+    """(target, complete): the folder in `folder` for `source`, and whether all of it is there.
+
+    Raises InputError if it holds something else.
+    """
     folder.mkdir(exist_ok=True)
     if Path(source).parent == folder and (Path(source) / MARK).exists():  # what an earlier call has printed
         return Path(source), True
@@ -109,7 +119,8 @@ def place(source, folder):
         holds = "was not made by this script"
     except (OSError, ValueError, KeyError, TypeError):
         holds = f"has a {MARK} that cannot be read"
-    raise InputError(f"FOLDER={str(folder.parent)!r}: {folder.name}/{target.name} in it {holds}; remove it, or give another folder")
+    why = f"{folder.name}/{target.name} in it {holds}"
+    raise InputError(f"FOLDER={str(folder.parent)!r}: {why}; remove it, or give another folder")
 
 
 def mark(target, source, complete):
@@ -119,15 +130,16 @@ def mark(target, source, complete):
 
 
 def copy(source, names, target):
-    """The files `names` of the folder `source` into `target`. A file that is there with the same length and time is left."""
+    """The files `names` of the folder `source` into `target`. One with the same length and time is not copied again."""
+    length_and_time = lambda path: (path.stat().st_size, int(path.stat().st_mtime))
     for name in names:
         a, b = source / name, target / name
-        if not b.is_file() or (a.stat().st_size, int(a.stat().st_mtime)) != (b.stat().st_size, int(b.stat().st_mtime)):
+        if not b.is_file() or length_and_time(a) != length_and_time(b):
             log(f"copying {a}")
-            shutil.copy2(a, b)  # the time is set last, so a copy that was cut short is made again
+            shutil.copy2(a, b)  # the time is set last, so an interrupted copy is made again
 
 
-# ---- Model and data: ask the hub what can be known at once; give back the function that fetches -----------------------
+# ---- Model and data: ask the hub first, return the function that fetches ---------------------------------------------
 def files_of_the_model(names, value):
     """Of the file names of a model those that a run reads. Raises InputError if it has no weights as safetensors."""
     names = [name for name in names if "/" not in name]
@@ -136,8 +148,10 @@ def files_of_the_model(names, value):
     elif INDEX in names:
         weights = [INDEX, *fnmatch.filter(names, "model?*-of-*.safetensors")]
     else:
-        raise InputError(f"MODEL_NAME={value!r}: has no model.safetensors (other formats, such as pytorch_model.bin, are not loaded); choose another model")
-    return weights + [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in CONFIGURATION_AND_TOKENIZER)]
+        why = "has no model.safetensors (other formats, such as pytorch_model.bin, are not loaded)"
+        raise InputError(f"MODEL_NAME={value!r}: {why}; choose another model")
+    wanted = lambda name: any(fnmatch.fnmatch(name, pattern) for pattern in CONFIGURATION_AND_TOKENIZER)
+    return [*weights, *filter(wanted, names)]
 
 
 def model_from_hub(value, target, folder):
@@ -148,7 +162,8 @@ def model_from_hub(value, target, folder):
     names = files_of_the_model(sorted(sizes), value)
     needed = sum(sizes[name] for name in names if not (target / name).exists())
     if needed > shutil.disk_usage(folder).free:  # a quota is not seen here; it shows when it is reached
-        raise InputError(f"FOLDER={str(folder)!r}: {value} needs {needed / 1e6:.1f} MB, the disk has {free(folder)}; give a folder on another disk")
+        why = f"{value} needs {needed / 1e6:.1f} MB, the disk has {free(folder)}"
+        raise InputError(f"FOLDER={str(folder)!r}: {why}; give a folder on another disk")
 
     def fetch():
         log(f"fetching {value} ({needed / 1e6:.1f} MB)")
@@ -172,7 +187,8 @@ def data_from_hub(value, target, folder):
             try:
                 text = json.dumps(squad_json(questions), ensure_ascii=False)
             except (LookupError, TypeError, AttributeError, ValueError) as error:
-                raise InputError(f"SQUAD_DATA={value!r} ({split}): a row is not of SQuAD v1.1 ({type(error).__name__}: {error}); "
+                reason = f"{type(error).__name__}: {error}"
+                raise InputError(f"SQUAD_DATA={value!r} ({split}): a row is not of SQuAD v1.1 ({reason}); "
                                      f"give {hpo.VARIABLES['SQUAD_DATA'][0]}, or another of that form") from None
             (target / name).write_text(text, encoding="utf-8")
             log(f"wrote {len(questions)} questions to {target / name}")
@@ -181,10 +197,11 @@ def data_from_hub(value, target, folder):
 
 
 def squad_json(rows):
-    """Rows of the hub's form as SQuAD v1.1 JSON, in their order: articles and paragraphs begin where title or context change."""
+    """Rows of the hub's form as SQuAD v1.1 JSON, in order: a new title starts an article, a context a paragraph."""
+    question = lambda row: {"id": row.get("id"), "question": row["question"], "answers": answers_of(row)}
     return {"version": "1.1", "data": [
         {"title": title, "paragraphs": [
-            {"context": context, "qas": [{"id": row.get("id"), "question": row["question"], "answers": answers_of(row)} for row in asked]}
+            {"context": context, "qas": list(map(question, asked))}
             for context, asked in groupby(article, key=lambda row: row["context"])]}
         for title, article in groupby(rows, key=lambda row: row.get("title", ""))]}  # fmt: skip
 
@@ -208,7 +225,8 @@ def check_model(target):
             with safe_open(target / name, framework="numpy") as file:  # compares the header with the file's length
                 file.keys()
     except Exception as error:  # noqa: BLE001  the library has an exception of its own, derived from none
-        raise InputError(f"MODEL_NAME={str(target)!r}: the weights are not complete ({one_line(error)}); remove this folder and fetch them again") from None
+        why = f"the weights are not complete ({one_line(error)})"
+        raise InputError(f"MODEL_NAME={str(target)!r}: {why}; remove this folder and fetch them again") from None
 
 
 # ---- Main ------------------------------------------------------------------------------------------------------------
@@ -221,7 +239,8 @@ def main():
     folder = Path(a.folder).resolve()
     # What libraries keep on the way goes there too: home folders have small quotas.
     kept = {"HF_HUB_CACHE": "hub", "HF_DATASETS_CACHE": "datasets", "HF_XET_CACHE": "xet"}
-    os.environ |= {name: f"{folder}/.cache/{where}" for name, where in kept.items()} | {"TRANSFORMERS_VERBOSITY": "error"}
+    os.environ |= {name: f"{folder}/.cache/{where}" for name, where in kept.items()}
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     if not sys.stderr.isatty():
         os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     try:
@@ -230,14 +249,18 @@ def main():
         print(f"ERROR: {sys.executable} has no package {error.name}; run: bash scripts/setup_env.sh", file=sys.stderr)
         return 2
     problems, plans = [], []
-    for variable, value, kind, from_hub in (("MODEL_NAME", a.model, "models", model_from_hub), ("SQUAD_DATA", a.data, "data", data_from_hub)):
+    for variable, value, kind, from_hub in (
+        ("MODEL_NAME", a.model, "models", model_from_hub),
+        ("SQUAD_DATA", a.data, "data", data_from_hub),
+    ):
         with told_in(problems, variable, value, folder):
             target, complete = place(value, folder / kind)
             if complete:
                 log(f"{value} is in {target} already")
                 fetch = None
             elif os.path.isabs(value):
-                names = files_of_the_model(os.listdir(value), value) if variable == "MODEL_NAME" else SQUAD_FILES.values()
+                model = variable == "MODEL_NAME"
+                names = files_of_the_model(os.listdir(value), value) if model else SQUAD_FILES.values()
                 fetch = partial(copy, Path(value), names, target)
             else:
                 fetch = from_hub(value, target, folder)

@@ -30,12 +30,15 @@ SQUADS = {  # folder: its train-v1.1.json; None: no such file
     "no data": b'{"version": "1.1"}',
     "a list": b"[1, 2]",
     "null": b"null",
-    "wrong types": b'{"data": [{"paragraphs": [{"context": 5, "qas": [{"question": "?", "answers": [{"text": "a"}]}]}]}]}',
+    "wrong types": b'{"data": [{"paragraphs": [{"context": 5, "qas": [{"question": "?", '
+                   b'"answers": [{"text": "a"}]}]}]}]}',
     "data is text": b'{"data": "squad"}',
     "no answers": b'{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "?"}]}]}]}',
     "answers empty": b'{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "?", "answers": []}]}]}]}',
-    "answer null": b'{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "?", "answers": [{"text": null}]}]}]}]}',
-    "half a letter": b'{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "\\ud83d", "answers": [{"text": "a"}]}]}]}]}',
+    "answer null": b'{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "?", '
+                   b'"answers": [{"text": null}]}]}]}]}',
+    "half a letter": b'{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "\\ud83d", '
+                     b'"answers": [{"text": "a"}]}]}]}]}',
     "too deep": b"[" * 100_000,
     "long number": b'{"data": ' + b"9" * 5000 + b"}",
 }
@@ -47,6 +50,7 @@ MODELS = {  # folder: which of the model's files are not in it
 }
 NAMES = ["with space", "it's \"quoted\"", "é 模型", "$(touch here)", "a;touch here", "-n", "100%", "back\\slash"]
 
+NOT_LOADED = "safetensors (other formats, such as pytorch_model.bin, are not loaded)"
 CASES = [  # variable, value, a part of the line that says why
     ("LR_LOWER", "abc", "is not a number"),
     ("LR_LOWER", "", "is not a number"),
@@ -122,9 +126,9 @@ CASES = [  # variable, value, a part of the line that says why
     ("MODEL_NAME", "ROOT/" + "n" * 300, "no such folder"),
     ("MODEL_NAME", "ROOT/model/config.json", "no such folder"),
     ("MODEL_NAME", "ROOT/no config", "no config.json in this folder"),
-    ("MODEL_NAME", "ROOT/no weights", "no weights in model*.safetensors (other formats, such as pytorch_model.bin, are not loaded)"),
+    ("MODEL_NAME", "ROOT/no weights", f"no weights in model*.{NOT_LOADED}"),
     ("MODEL_NAME", "ROOT/no tokenizer", "no tokenizer files such as tokenizer.json"),
-    ("MODEL_NAME", "ROOT/config alone", "safetensors (other formats, such as pytorch_model.bin, are not loaded) and no tokenizer"),
+    ("MODEL_NAME", "ROOT/config alone", f"{NOT_LOADED} and no tokenizer"),
     ("MODEL_NAME", "ROOT/git pointer", "no weights in"),
     ("MODEL_NAME", "ROOT/dangling link", "no weights in"),
     ("MODEL_NAME", "ROOT/tokenizer broken", "tokenizer.json cannot be read (EOF while parsing"),
@@ -179,7 +183,8 @@ def root(demo, tmp_path_factory):
 def environment(root, variables, path=""):
     """The variables of a user who has set these and no other of ours; ROOT in them is the folder."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-    environ |= {"PATH": f"{path}{os.environ['PATH']}", "MODEL_NAME": "ROOT/model", "SQUAD_DATA": "ROOT/squad"} | variables
+    environ |= {"MODEL_NAME": "ROOT/model", "SQUAD_DATA": "ROOT/squad"}
+    environ |= {"PATH": f"{path}{os.environ['PATH']}"} | variables
     return {name: value.replace("ROOT", str(root)) for name, value in environ.items()}
 
 
@@ -192,8 +197,8 @@ def call(checks, root, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["check_inputs.py", *options])
         monkeypatch.chdir(tmp_path)
         with monkeypatch.context() as patched:
-            patched.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True))
-            patched.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True))
+            for name, errors in (("stdout", "strict"), ("stderr", "backslashreplace")):
+                patched.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), "utf-8", errors, write_through=True))
             status = checks.main()
             out, err = (stream.buffer.getvalue().decode().splitlines() for stream in (sys.stdout, sys.stderr))
         assert not list(tmp_path.iterdir())  # what code in a value would make
@@ -238,7 +243,8 @@ def test_a_model_that_brings_its_own_code_is_refused_or_the_code_is_not_run(root
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_existing_folder_of_any_name_works(name, root, checks, monkeypatch):
-    (root / name / "train-v1.1.json").write_bytes(b"\xef\xbb\xbf" + (root / "squad/train-v1.1.json").read_bytes())  # with a BOM
+    with_bom = b"\xef\xbb\xbf" + (root / "squad/train-v1.1.json").read_bytes()
+    (root / name / "train-v1.1.json").write_bytes(with_bom)
     monkeypatch.chdir(root)
     for folder in (f"{root}/{name}", f"./{name}"):
         s = checks.check({"MODEL_NAME": folder, "SQUAD_DATA": folder})
@@ -256,16 +262,18 @@ def test_an_unknown_hyperparameter_is_one_line_with_a_suggestion(call, checks, m
     space = {"train_loop_config": {"lr": None, "warmup_rate": None}}
     monkeypatch.setattr(checks.lesson, "search_space", lambda s: space)
     status, _, (error,) = call({})
-    assert status == 2 and "'warmup_rate' is no hyperparameter" in error and error.endswith("did you mean 'warmup_ratio'?")
+    assert status == 2 and "'warmup_rate' is no hyperparameter" in error
+    assert error.endswith("did you mean 'warmup_ratio'?")
 
 
 # ---- Through the head script -------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def course(tmp_path_factory):
-    """A copy of the repository's scripts and exercise, in a folder whose name is not plain, with a Slurm that only notes calls."""
+    """Scripts and exercise copied to a folder whose name is not plain, with a Slurm that only records calls."""
     top = tmp_path_factory.mktemp("copy") / "my course é"
+    made_by_runs = shutil.ignore_patterns("runs", "*.out", "__pycache__")
     for folder in ("scripts", "experiments"):
-        shutil.copytree(REPO / folder, top / folder, symlinks=True, ignore=shutil.ignore_patterns("runs", "*.out", "__pycache__"))
+        shutil.copytree(REPO / folder, top / folder, symlinks=True, ignore=made_by_runs)
     (top / ".venv").symlink_to(REPO / ".venv")
     (top / "slurm").mkdir()
     for command in ("sbatch", "srun", "squeue", "scancel"):
@@ -276,11 +284,11 @@ def course(tmp_path_factory):
     return top / EXERCISE.relative_to(REPO)
 
 
-
 def refused(course, root, variables, cwd=None):
-    """Runs the head script; asserts that it ends in good order with nothing started. Returns all its lines, and those of errors."""
+    """Runs the head script; asserts that it shuts down cleanly with nothing started. -> (all its lines, the errors)"""
     environ = environment(root, variables, f"{course.parents[3]}/slurm:")
-    run = subprocess.run(["bash", course / HEAD], cwd=cwd or course, env=environ, text=True, check=False, capture_output=True, timeout=15)
+    run = subprocess.run(["bash", course / HEAD], cwd=cwd or course, env=environ, text=True, check=False,
+                         capture_output=True, timeout=15)  # fmt: skip
     output = run.stdout + run.stderr
     lines = output.splitlines()
     assert run.returncode in (1, 2), output
@@ -288,13 +296,14 @@ def refused(course, root, variables, cwd=None):
     assert re.fullmatch(r"===== JOB \S+ FINISH : .* =====", run.stdout.splitlines()[-1])
     assert "Traceback" not in output and "line " not in run.stderr  # "line 7: ...: command not found"
     assert not (course / "runs").exists()
-    assert not list(course.parents[3].rglob("here")) and not list(root.glob("here"))  # what the code in a value would make
+    assert not list(course.parents[3].rglob("here")) and not list(root.glob("here"))  # code in a value would make it
     called = course.parents[3] / "slurm/called"
     assert not called.exists() or set(called.read_text().split("\n")) <= {"scontrol show job 4711", ""}
     return lines, [line for line in lines if "ERROR" in line]
 
 
-SEVERAL = {"LR_LOWER": "1", "SQUAD_DATA": "/none", "MODEL_NAME": "ROOT/no weights", "BS_CHOICES": "1,2", "NUM_SAMPLE": "3", "SEED": "?"}
+SEVERAL = {"LR_LOWER": "1", "SQUAD_DATA": "/none", "MODEL_NAME": "ROOT/no weights", "BS_CHOICES": "1,2"}
+SEVERAL |= {"NUM_SAMPLE": "3", "SEED": "?"}
 
 
 @pytest.mark.parametrize("where, cwd", [({}, "/"), (SLURM, None)])
@@ -306,7 +315,7 @@ def test_several_errors_are_reported_together_and_the_log_has_them(where, cwd, c
         assert log.read_text().splitlines() == lines
 
 
-@pytest.mark.parametrize("value", ["$(touch here); `touch here`", "a[$(touch here)]"])  # the latter: code to bash's arithmetic
+@pytest.mark.parametrize("value", ["$(touch here); `touch here`", "a[$(touch here)]"])  # code in bash arithmetic
 def test_no_variable_reaches_a_shell_as_code(value, course, root, hpo):
     variables = SLURM | {"NODE_ADDRESS": value, "SLURM_RESTART_COUNT": value}
     _, errors = refused(course, root, variables | dict.fromkeys(hpo.VARIABLES, value))
@@ -331,7 +340,9 @@ def test_a_script_that_was_copied_elsewhere_says_where_it_belongs(script, tmp_pa
     for beside in (None, "worker_node_raytune_asha_hpo.slurm"):
         if beside:
             shutil.copy(EXERCISE / beside, tmp_path)
-        run = subprocess.run(["bash", tmp_path / script.name], cwd=tmp_path, text=True, check=False, capture_output=True, timeout=15)
+        run = subprocess.run(["bash", tmp_path / script.name], cwd=tmp_path, text=True, check=False,
+                             capture_output=True, timeout=15)  # fmt: skip
         assert run.returncode == 1 and run.stdout == ""
-        assert re.fullmatch(rf"ERROR: {tmp_path} is not .*; cd experiments/\S+ in the repository, then sbatch\n", run.stderr)
+        told = rf"ERROR: {tmp_path} is not .*; cd experiments/\S+ in the repository, then sbatch\n"
+        assert re.fullmatch(told, run.stderr)
     assert {path.name for path in tmp_path.iterdir()} <= {script.name, "worker_node_raytune_asha_hpo.slurm"}

@@ -1,4 +1,4 @@
-"""The exercises as a student does them: edits and commands are read from EXERCISES.md. Real Slurm, Ray and training, small."""
+"""The exercises as a student does them, on a small scale: edits and commands are read from EXERCISES.md."""
 
 import re
 import subprocess
@@ -21,21 +21,24 @@ from conftest import (
     wait_for,
 )
 
-QUICK = SPACE | SMALL | {"NUM_SAMPLES": "2", "NUM_EPOCHS": "2", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "8"}  # two at once
+QUICK = SPACE | SMALL | {"NUM_SAMPLES": "2", "NUM_EPOCHS": "2"}
+QUICK |= {"WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "8"}  # two at once
 
 
 class Student(Cluster):
     """Types the blocks of an exercise, one after another, in one shell's variables."""
 
     def __init__(self, environ, folder, demo, **variables):
-        super().__init__(environ | QUICK | variables | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}, folder)
+        local = {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+        super().__init__(environ | QUICK | variables | local, folder)
         self.shell = {}
 
     def types(self, block, seconds=120):
         """Returns what the block prints; `job` and the like are kept for the next one."""
         ends = "; ".join(f'echo "{name}=${name}" >&3' for name in ("job", "grid", "worker"))
         script = f"exec 3>{self.folder}/shell.txt\n{block}\n{ends}\n"
-        run = subprocess.run(["bash", "-ec", script], cwd=self.folder, env=self.environ | self.shell, text=True, check=False, capture_output=True, timeout=seconds)
+        run = subprocess.run(["bash", "-ec", script], cwd=self.folder, env=self.environ | self.shell, text=True,
+                             check=False, capture_output=True, timeout=seconds)  # fmt: skip
         assert run.returncode == 0, run.stdout + run.stderr
         pairs = (line.split("=", 1) for line in (self.folder / "shell.txt").read_text().splitlines())
         self.shell = {name: value for name, value in pairs if value}
@@ -79,7 +82,7 @@ def test_each_edit_fits_the_script_and_leaves_it_right(number, course):
 
 
 def test_a_wider_range_another_halving_and_another_hyperparameter(student):
-    """Exercises 2, 3 and 6 in one run. What 1, 3 and 6 have a student type is the first line of 5, which is typed below."""
+    """Exercises 2, 3 and 6 in one run. The commands of 1, 3 and 6 are the first line of 5, which is typed below."""
     for number in (3, 6):
         edit(student.folder, exercise(number))
     for number in (1, 3, 6):
@@ -90,7 +93,8 @@ def test_a_wider_range_another_halving_and_another_hyperparameter(student):
     rows = table_of(log)
     assert re.search(r"^  LR_UPPER +10\.0$", log, re.MULTILINE) and len(rows) == 2
     assert all(row["iter"] == "2" for row in rows)  # nobody ends before epoch 2
-    drawn = [report["config"]["train_loop_config"]["warmup_ratio"] for reported in reports_of(student.folder / "runs" / student.shell["job"]).values() for report in reported]
+    reports = reports_of(student.folder / "runs" / student.shell["job"]).values()
+    drawn = [report["config"]["train_loop_config"]["warmup_ratio"] for reported in reports for report in reported]
     assert len(set(drawn)) == 2 and all(0 <= ratio <= 0.2 for ratio in drawn)
     assert any("warmup_ratio" in column for column in rows[0])
 
@@ -118,12 +122,13 @@ def test_a_second_worker_joins_and_the_first_is_killed(slurm, course, demo):
     assert re.search(r"lost       with its node", text) and f"worker job {first} has ended before the search" in text
     assert f"worker job {added} has ended" not in text and f"worker job {added} held its node for" in text
     assert len(table_of(text)) == 3
-    wait_for(lambda: not student("squeue", "--noheader") and nothing_left(job, *student.workers(job), added), 60, "everything to be gone")
+    gone = lambda: not student("squeue", "--noheader") and nothing_left(job, *student.workers(job), added)
+    wait_for(gone, 60, "everything to be gone")
 
 
 def test_asha_against_the_manual_grid(done):
     grid = done.folder.parents[2] / "manual/bloom_hpo_manual.slurm"
-    grid.write_text(grid.read_text().replace("(1 2) ", "(2) ").replace("(0.0 0.01)", "(0.01)"))  # three combinations instead of twelve
+    grid.write_text(grid.read_text().replace("(1 2) ", "(2) ").replace("(0.0 0.01)", "(0.01)"))  # 3 combinations
     submit, compare = fenced(exercise(8), "bash")
     done.types(submit)
     assert done.wait_for_end(done.shell["grid"], 240)["JobState"] == "COMPLETED"
@@ -136,7 +141,8 @@ def test_the_winner_for_thirty_epochs(done):
     (block,) = fenced(exercise(9), "bash")
     told = done.types(block, 240)
     best = best_of(done.log(done.shell["job"]))["config"]["train_loop_config"]
-    assert re.search(rf"^RESULT lr={best['lr']} per_device_bs={best['per_device_bs']} ", told, re.MULTILINE) and "epoch 30/30" in told
+    assert re.search(rf"^RESULT lr={best['lr']} per_device_bs={best['per_device_bs']} ", told, re.MULTILINE)
+    assert "epoch 30/30" in told
 
 
 def test_population_based_training(student):

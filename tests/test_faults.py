@@ -37,7 +37,8 @@ def processes_with(word, *marks):
 
 def nothing_is_left(cluster, job, seconds=60):
     workers = cluster.workers(job)
-    wait_for(lambda: not cluster("squeue", "--noheader") and nothing_left(job, *workers), seconds, "jobs, processes and folders to be gone")
+    gone = lambda: not cluster("squeue", "--noheader") and nothing_left(job, *workers)
+    wait_for(gone, seconds, "jobs, processes and folders to be gone")
 
 
 def demo_run(demo, **variables):
@@ -79,7 +80,8 @@ def test_when_the_head_dies_the_workers_leave(cluster, demo, victim):
     job = cluster.submit(**demo_run(demo, NUM_SAMPLES="2", **BUSY))
     wait_for(lambda: "  started" in cluster.log(job), 120, "the first trial")
     if victim == "batch shell":
-        (shell,) = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if f"job{int(job):05d}/slurm_script" in command_of(pid) and parent_is_slurm(pid)]
+        script, every = f"job{int(job):05d}/slurm_script", map(int, filter(str.isdigit, os.listdir("/proc")))
+        (shell,) = [pid for pid in every if script in command_of(pid) and parent_is_slurm(pid)]
         os.kill(shell, signal.SIGKILL)
     else:
         for pid in processes_with("gcs/gcs_server", f" head {job}"):
@@ -101,7 +103,7 @@ def parent_is_slurm(pid):
 
 
 def test_a_worker_that_cannot_work_tells_the_head_why(cluster, demo):
-    """A torch without kernels for the GPU of the node, which this machine does not have: a stand-in that fails as it does."""
+    """A torch without kernels for the node's GPU. There is no GPU here: a stand-in fails in the same way."""
     torch = cluster.folder / "torch.py"
     torch.write_text("raise RuntimeError('CUDA error: no kernel image is available for execution on the device')\n")
     worker = cluster.folder / "worker_node_raytune_asha_hpo.slurm"
@@ -111,18 +113,21 @@ def test_a_worker_that_cannot_work_tells_the_head_why(cluster, demo):
     functions.write_text(functions.read_text().replace("/dev/nvidiactl", "/dev/null"))
     job = cluster.submit(**demo_run(demo))
     assert cluster.wait_for_end(job, 90)["ExitCode"] == "1:0"
-    assert re.search(r"ERROR: no worker joined and none is queued; the last one says: ERROR: PyTorch does not run on this node: "
-                     r"RuntimeError: CUDA error: no kernel image is available for execution on the device; install the build for its GPU", cluster.log(job))
+    assert re.search(r"ERROR: no worker joined and none is queued; the last one says: ERROR: PyTorch does not run on "
+                     r"this node: RuntimeError: CUDA error: no kernel image is available for execution on the device; "
+                     r"install the build for its GPU", cluster.log(job))  # fmt: skip
     nothing_is_left(cluster, job)
 
 
 def test_workers_that_stay_pending_are_waited_for_until_the_deadline(cluster, demo):
-    blocker = cluster("sbatch", "--parsable", "--nodes=2", "--nodelist=worker1,worker2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 300").strip()
+    blocker = cluster("sbatch", "--parsable", "--nodes=2", "--nodelist=worker1,worker2", "--exclusive",
+                      "--output=/dev/null", "--wrap", "sleep 300").strip()  # fmt: skip
     wait_for(lambda: cluster.job(blocker)["JobState"] == "RUNNING", 30, "the nodes to be taken")
     impatient, other = cluster.submit(**demo_run(demo, WORKER_DEADLINE="5")), cluster.submit(**demo_run(demo))
     assert cluster.wait_for_end(impatient, 90)["ExitCode"] == "1:0"
     assert "ERROR: waited 5 s for the first worker to join; giving up" in cluster.log(impatient)
-    wait_for(lambda: "waiting for the first worker to join: 10 s of 7200 s" in cluster.log(other), 60, "the line of the run that waits on")
+    waits = lambda: "waiting for the first worker to join: 10 s of 7200 s" in cluster.log(other)
+    wait_for(waits, 60, "the line of the run that waits on")
     assert [cluster.job(worker)["JobState"] for worker in cluster.workers(other)] == ["PENDING"]
     assert re.search(rf"worker job {cluster.workers(other)[0]} is PENDING: (Resources|Priority) \(", cluster.log(other))
     cluster("scancel", other)
@@ -134,7 +139,8 @@ def test_workers_that_stay_pending_are_waited_for_until_the_deadline(cluster, de
 
 
 def test_without_its_only_worker_a_run_ends_at_the_deadline_and_can_be_continued(cluster, demo):
-    job = cluster.submit(**demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="2", WORKER_DEADLINE="10", WORKERS_PER_TRIAL="1", **BUSY))
+    variables = {"NUM_SAMPLES": "1", "NUM_EPOCHS": "2", "WORKER_DEADLINE": "10", "WORKERS_PER_TRIAL": "1"}
+    job = cluster.submit(**demo_run(demo, **variables, **BUSY))
     wait_for(lambda: "epoch 1/" in cluster.log(job) or "  started" in cluster.log(job), 120, "the trial")
     for node in ("worker1", "worker2"):  # as if the cluster had no more nodes
         cluster("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
@@ -146,7 +152,8 @@ def test_without_its_only_worker_a_run_ends_at_the_deadline_and_can_be_continued
         for node in ("worker1", "worker2"):
             cluster("scontrol", "update", f"NodeName={node}", "State=RESUME")
     log = cluster.log(job)
-    assert "waited 10 s (WORKER_DEADLINE) for another worker; giving up" in log and f"continue with: RESUME=runs/{job} sbatch {HEAD}" in log
+    assert "waited 10 s (WORKER_DEADLINE) for another worker; giving up" in log
+    assert f"continue with: RESUME=runs/{job} sbatch {HEAD}" in log
     again = cluster.submit(RESUME=f"runs/{job}", WORKER_DEADLINE="600")
     assert cluster.wait_for_end(again, 240)["JobState"] == "COMPLETED", cluster.log(again)
     assert "continues the run in" in cluster.log(again) and len(table_of(cluster.log(again))) == 1
@@ -154,7 +161,7 @@ def test_without_its_only_worker_a_run_ends_at_the_deadline_and_can_be_continued
 
 
 def test_replacements_have_an_end_and_each_worker_that_cannot_work_says_why(cluster, demo, tmp_path):
-    """The only worker is cancelled. Its successors: no Python on the path, one without packages, a driver without GPUs."""
+    """The only worker is cancelled. Its successors have no Python, a Python without packages, a driver without GPUs."""
     bare, driver = tmp_path / "bare", tmp_path / "nvidiactl"
     bare.mkdir()
     for tool in Path("/usr/bin").iterdir():
@@ -162,7 +169,7 @@ def test_replacements_have_an_end_and_each_worker_that_cannot_work_says_why(clus
             (bare / tool.name).symlink_to(tool)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     root = cluster.folder.parents[3]
-    (root / ".venv").unlink()  # the environment is active on the path, as with conda or modules, so each job's EDIT block counts
+    (root / ".venv").unlink()  # as with conda or modules, PATH has the environment: each job's EDIT block counts
     functions = root / "scripts/raytune_hpo/ray_job.sh"
     functions.write_text(functions.read_text().replace("/dev/nvidiactl", str(driver)))
     worker = cluster.folder / "worker_node_raytune_asha_hpo.slurm"
@@ -174,7 +181,8 @@ case $(ls logs/ray_worker_*.out | wc -l) in
 esac
 set -euo pipefail
 """))
-    job = cluster.submit(**demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="200", **BUSY), PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    job = cluster.submit(**demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="200", **BUSY), PATH=path)
     wait_for(lambda: "  started" in cluster.log(job), 120, "the trial")
     cluster("scancel", *cluster.workers(job))
     assert cluster.wait_for_end(job, 120)["ExitCode"] == "1:0"
@@ -183,9 +191,12 @@ set -euo pipefail
     said = dict(re.findall(r"worker job (\d+) has ended before the search: (.*)", log))
     assert list(said) == [first, *later] and len(later) == 3, log
     assert said[later[0]].startswith("ERROR: no python found; run: bash ")
-    assert said[later[1]] == f"ERROR: {tmp_path}/venv/bin/python has no PyTorch; activate the course's environment in the EDIT block of this node's script"
-    assert said[later[2]].startswith("ERROR: this node has an NVIDIA driver but PyTorch sees no GPU; check with: python -c ")
-    assert "no worker is left, and 3 have been replaced already" in log and f"continue with: RESUME=runs/{job} sbatch {HEAD}" in log
+    fix = "activate the course's environment in the EDIT block of this node's script"
+    assert said[later[1]] == f"ERROR: {tmp_path}/venv/bin/python has no PyTorch; {fix}"
+    why = "ERROR: this node has an NVIDIA driver but PyTorch sees no GPU; check with: python -c "
+    assert said[later[2]].startswith(why)
+    assert "no worker is left, and 3 have been replaced already" in log
+    assert f"continue with: RESUME=runs/{job} sbatch {HEAD}" in log
     nothing_is_left(cluster, job)
 
 
@@ -248,11 +259,13 @@ def test_of_two_runs_whose_workers_share_a_node_one_is_cancelled_and_the_other_c
     worker = cluster.folder / "worker_node_raytune_asha_hpo.slurm"
     text = worker.read_text()
     half = text.replace("--cpus-per-task=20", "--cpus-per-task=10").replace("--gpus-per-node=8", "--gpus-per-node=4")
-    worker.write_text(half.replace("#SBATCH --constraint=v100", "#SBATCH --constraint=v100\n#SBATCH --nodelist=worker1"))
+    line = "#SBATCH --constraint=v100"
+    worker.write_text(half.replace(line, f"{line}\n#SBATCH --nodelist=worker1"))
     variables = demo_run(demo, NUM_SAMPLES="2", NUM_EPOCHS="2", **BUSY)
     first, second = cluster.submit(**variables), cluster.submit(**variables)
     wait_for(lambda: all("  started" in cluster.log(job) for job in (first, second)), 180, "trials of both runs")
-    assert {cluster.job(worker)["NodeList"] for job in (first, second) for worker in cluster.workers(job)} == {"worker1"}
+    workers = cluster.workers(first) + cluster.workers(second)
+    assert {cluster.job(worker)["NodeList"] for worker in workers} == {"worker1"}
     cluster("scancel", first)
     assert cluster.wait_for_end(first, 40)["JobState"] == "CANCELLED"
     wait_for(lambda: nothing_left(first, *cluster.workers(first)), 30, "everything of the first run to be gone")
@@ -264,7 +277,8 @@ def test_of_two_runs_whose_workers_share_a_node_one_is_cancelled_and_the_other_c
 
 
 def test_a_run_whose_folder_a_worker_cannot_see_says_so(cluster):
-    job = cluster("sbatch", "--parsable", "worker_node_raytune_asha_hpo.slurm", "/no/such/experiments/raytune/scheduler/asha/runs/1", "1").strip()
+    run_dir = "/no/such/experiments/raytune/scheduler/asha/runs/1"
+    job = cluster("sbatch", "--parsable", "worker_node_raytune_asha_hpo.slurm", run_dir, "1").strip()
     cluster.wait_for_end(job, 30)
     assert "ERROR: this node does not see the run folder /no/such/" in cluster.log(job, "worker")
 
@@ -272,7 +286,8 @@ def test_a_run_whose_folder_a_worker_cannot_see_says_so(cluster):
 def test_a_requeued_job_goes_on_where_it_was(cluster, demo):
     job = cluster.submit(**demo_run(demo, NUM_SAMPLES="2", NUM_EPOCHS="2", WORKERS_PER_TRIAL="1", CPUS_PER_WORKER="10"))
     wait_for(lambda: re.search(r"_00000  (stopped|finished)", cluster.log(job)), 240, "the first trial's end")
-    saved = lambda: "".join(file.read_text() for file in (cluster.folder / "runs" / job / "tune").glob("experiment_state-*.json"))
+    results = cluster.folder / "runs" / job / "tune"
+    saved = lambda: "".join(file.read_text() for file in results.glob("experiment_state-*.json"))
     wait_for(lambda: "TERMINATED" in saved(), 30, "the first trial's end in the saved state")
     cluster("scontrol", "requeue", job)
     wait_for(lambda: cluster.job(job)["JobState"] == "PENDING", 60, "the job to be queued again")
@@ -288,14 +303,16 @@ def test_a_requeued_job_goes_on_where_it_was(cluster, demo):
 
 @pytest.mark.parametrize("size", ["16k", "20m"])
 def test_a_run_folder_that_is_full_ends_the_run_with_the_reason(course, demo, size):
-    """Full from the start, or in mid-run: then Ray itself would go on, and the best result would be read from what it had written."""
+    """Full from the start, or in mid-run: then Ray alone would go on, and report the best of what it had written."""
     runs, terminal = course / "runs", course / "terminal.txt"
     runs.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", runs], check=False, capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", runs]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("only root can make a file system")
     try:
         with terminal.open("w") as file:
-            head = subprocess.Popen(["bash", HEAD], cwd=course, env=os.environ | demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="100"), stdout=file, stderr=subprocess.STDOUT)
+            environ = os.environ | demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="100")
+            head = subprocess.Popen(["bash", HEAD], cwd=course, env=environ, stdout=file, stderr=subprocess.STDOUT)
         if size == "20m":
             wait_for(lambda: "epoch 1/" in terminal.read_text(), 120, "the first epoch")
             with pytest.raises(OSError), (runs / "filler").open("wb", buffering=0) as file:
@@ -305,7 +322,8 @@ def test_a_run_folder_that_is_full_ends_the_run_with_the_reason(course, demo, si
     finally:
         subprocess.run(["umount", "-l", runs], check=True)
     log = terminal.read_text()
-    assert "ERROR: cannot write to the run folder" in log and "is the disk full, or the quota reached?" in log and "FINISH" in log
+    assert "ERROR: cannot write to the run folder" in log and "FINISH" in log
+    assert "is the disk full, or the quota reached?" in log
     assert ("continue with: RESUME=" in log) == (size == "20m")
     assert not re.search("Traceback|Best Trial Result|results are complete|cat:", log)
     assert nothing_left(job_of(log))

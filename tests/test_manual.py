@@ -12,16 +12,19 @@ from conftest import HEAD, REPO, load_module, wait_for
 
 GRID = "bloom_hpo_manual.slurm"
 SMALL = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "2", "CPUS_PER_WORKER": "1"}
+PATH = {"PATH": f"{REPO}/.venv/bin:{os.environ['PATH']}"}
 
 
 @pytest.fixture
 def course(tmp_path, demo):
     """A copy of the repository whose grid is 2 x 1 x 1, and the environment for a small run on the demo."""
+    made_by_runs = shutil.ignore_patterns("runs", "*.out", "results-*", "__pycache__")
     for folder in ("scripts", "experiments"):
-        shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("runs", "*.out", "results-*", "__pycache__"))
+        shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True, ignore=made_by_runs)
     (tmp_path / ".venv").symlink_to(REPO / ".venv")
     grid = tmp_path / "experiments/manual" / GRID
-    text = grid.read_text().replace("(1e-5 2e-4 5e-6)", "(3e-3 1e-2)").replace("(1 2) ", "(2) ").replace("(0.0 0.01)", "(0.01)")
+    text = grid.read_text().replace("(1e-5 2e-4 5e-6)", "(3e-3 1e-2)").replace("(1 2) ", "(2) ")
+    text = text.replace("(0.0 0.01)", "(0.01)")
     assert "(3e-3 1e-2)" in text and "(0.01)" in text
     grid.write_text(text)
     return tmp_path, os.environ | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
@@ -43,10 +46,11 @@ def test_a_grid_cut_short_goes_on_and_its_losses_are_those_of_the_search(course,
     assert re.search(r"===== JOB \S+ FINISH : .* =====\n\Z", (top / "first.txt").read_text())
     assert [float(row["lr"]) for row in rows_of(folder)] == [3e-3]
 
-    second = subprocess.run(["bash", GRID], cwd=folder, env=environ, text=True, check=False, capture_output=True, timeout=300)
+    second = subprocess.run(["bash", GRID], cwd=folder, env=environ, text=True, check=False, capture_output=True,
+                            timeout=300)  # fmt: skip
     assert second.returncode == 0, second.stdout + second.stderr
     assert "lr=3e-3 per_device_bs=2 wd=0.01 is in results-" in second.stdout
-    assert second.stdout.count("RESULT ") == 1 and second.stdout.count("  epoch 2/2  eval_loss ") == 1  # once, from rank 0
+    assert second.stdout.count("RESULT ") == second.stdout.count("  epoch 2/2  eval_loss ") == 1  # from rank 0 alone
     rows = rows_of(folder)
     assert [float(row["lr"]) for row in rows] == [3e-3, 1e-2]
 
@@ -54,8 +58,9 @@ def test_a_grid_cut_short_goes_on_and_its_losses_are_those_of_the_search(course,
     script = top / "scripts/raytune_hpo/raytune_asha_scheduler/raytune_asha_hpo.py"
     line = "tune.loguniform(s.LR_LOWER, s.LR_UPPER)"
     script.write_text(script.read_text().replace(line, "tune.choice([1e-2])"))
-    search = subprocess.run(["bash", HEAD], cwd=top / "experiments/raytune/scheduler/asha", text=True, check=True, capture_output=True,
-                            timeout=300, env=environ | {"NUM_SAMPLES": "1", "BS_CHOICES": "2", "WD_CHOICES": "0.01"})
+    search = subprocess.run(["bash", HEAD], cwd=top / "experiments/raytune/scheduler/asha", text=True, check=True,
+                            env=environ | {"NUM_SAMPLES": "1", "BS_CHOICES": "2", "WD_CHOICES": "0.01"},
+                            capture_output=True, timeout=300)  # fmt: skip
     losses = [float(loss) for loss in re.findall(r"eval_loss (\d\S+)", search.stdout)]
     assert len(losses) == 2
     assert min(losses) == pytest.approx(float(rows[1]["eval_loss"]), abs=1e-4)
@@ -63,26 +68,31 @@ def test_a_grid_cut_short_goes_on_and_its_losses_are_those_of_the_search(course,
     # The winner of that search, for longer.
     run_folder = re.search(r"run folder (\S+)", search.stdout)[1]
     script = top / "scripts/manual_hpo/bloom_hpo_manual.py"
-    longer = subprocess.run(["torchrun", "--standalone", "--nproc_per_node=2", script, "--best", run_folder, "--epochs", "3"], text=True, check=True,
-                            capture_output=True, timeout=300, env=environ | {"PATH": f"{REPO}/.venv/bin:{os.environ['PATH']}"})
-    assert longer.stdout.count("lr=0.01 per_device_bs=2 wd=0.01  epoch ") == 3 and "  epoch 3/3  eval_loss " in longer.stdout
-    assert len(re.findall(r"^RESULT lr=0\.01 per_device_bs=2 wd=0\.01 eval_loss=\S+ epoch=\d runtime_s=\S+$", longer.stdout, re.MULTILINE)) == 1
+    command = ["torchrun", "--standalone", "--nproc_per_node=2", script, "--best", run_folder, "--epochs", "3"]
+    longer = subprocess.run(command, env=environ | PATH, text=True, check=True, capture_output=True, timeout=300).stdout
+    assert longer.count("lr=0.01 per_device_bs=2 wd=0.01  epoch ") == 3 and "  epoch 3/3  eval_loss " in longer
+    result = r"^RESULT lr=0\.01 per_device_bs=2 wd=0\.01 eval_loss=\S+ epoch=\d runtime_s=\S+$"
+    assert len(re.findall(result, longer, re.MULTILINE)) == 1
 
 
 def test_a_combination_that_fails_is_named_and_the_others_go_on(course):
     top, environ = course
     grid = top / "experiments/manual" / GRID
     grid.write_text(grid.read_text().replace("(3e-3 1e-2)", "(20 1e-2)"))
-    run = subprocess.run(["bash", GRID], cwd=grid.parent, env=environ, text=True, check=False, capture_output=True, timeout=300)
+    run = subprocess.run(["bash", GRID], cwd=grid.parent, env=environ, text=True, check=False, capture_output=True,
+                         timeout=300)  # fmt: skip
     assert run.returncode == 1
-    assert re.search(r"^FAILED lr=20 per_device_bs=2 wd=0.01 : ERROR: --lr='20': must be a number above 0 and at most 10", run.stdout, re.MULTILINE)
+    why = "ERROR: --lr='20': must be a number above 0 and at most 10"
+    assert re.search(rf"^FAILED lr=20 per_device_bs=2 wd=0.01 : {why}", run.stdout, re.MULTILINE)
     assert [float(row["lr"]) for row in rows_of(grid.parent)] == [1e-2]
 
 
-@pytest.mark.parametrize("options", [[], ["--lr", "1e-3"], ["--lr", "1e-3", "--bs", "1", "--wd", "0", "--best", "x"], ["--best", "/none"]])
+@pytest.mark.parametrize("options", [
+    [], ["--lr", "1e-3"], ["--lr", "1e-3", "--bs", "1", "--wd", "0", "--best", "x"], ["--best", "/none"]])
 def test_a_wrong_call_says_what_is_missing(options):
     script = REPO / "scripts/manual_hpo/bloom_hpo_manual.py"
-    run = subprocess.run([script, *options], text=True, check=False, capture_output=True, timeout=60, env=os.environ | {"PATH": f"{REPO}/.venv/bin:{os.environ['PATH']}"})
+    run = subprocess.run([script, *options], text=True, check=False, capture_output=True, timeout=60,
+                         env=os.environ | PATH)  # fmt: skip
     assert run.returncode == 2 and "--best" in run.stderr and "Traceback" not in run.stderr
 
 
@@ -90,15 +100,18 @@ RIGHT = {"--lr": "1e-3", "--bs": "1", "--wd": "0"}
 
 
 @pytest.mark.parametrize("wrong, why", [
-    ({"--lr": "x"}, "is not a number"), ({"--lr": "0"}, "above 0"), ({"--lr": "nan"}, "above 0"), ({"--lr": "1e-3; touch here"}, "is not a number"),
-    ({"--lr": ""}, "is not a number"), ({"--bs": "0"}, "at least 1"), ({"--bs": "1.5"}, "is not a whole number"), ({"--bs": "1 2"}, "is not a whole number"),
-    ({"--bs": "9" * 400}, "at most 1024"), ({"--wd": "-1"}, "at least 0"), ({"--wd": "inf"}, "at most 10"), ({"--epochs": "0"}, "at least 1"),
-    ({"--epochs": "five"}, "is not a whole number"), ({"--csv": "/none/results.csv"}, "in an existing folder"), ({"--csv": "/"}, "in an existing folder"),
+    ({"--lr": "x"}, "is not a number"), ({"--lr": "0"}, "above 0"), ({"--lr": "nan"}, "above 0"),
+    ({"--lr": "1e-3; touch here"}, "is not a number"), ({"--lr": ""}, "is not a number"),
+    ({"--bs": "0"}, "at least 1"), ({"--bs": "1.5"}, "is not a whole number"),
+    ({"--bs": "1 2"}, "is not a whole number"), ({"--bs": "9" * 400}, "at most 1024"),
+    ({"--wd": "-1"}, "at least 0"), ({"--wd": "inf"}, "at most 10"),
+    ({"--epochs": "0"}, "at least 1"), ({"--epochs": "five"}, "is not a whole number"),
+    ({"--csv": "/none/results.csv"}, "in an existing folder"), ({"--csv": "/"}, "in an existing folder"),
     ({"--lr": "x", "--bs": "y", "--epochs": "-1"}, "")])
 def test_a_wrong_option_is_one_line_before_anything_is_loaded(wrong, why, demo):
     script = REPO / "scripts/manual_hpo/bloom_hpo_manual.py"
     options = [f"{name}={value}" for name, value in (RIGHT | wrong).items()]
-    environ = os.environ | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "PATH": f"{REPO}/.venv/bin:{os.environ['PATH']}"}
+    environ = os.environ | PATH | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
     run = subprocess.run([script, *options], text=True, check=False, capture_output=True, timeout=15, env=environ)
     lines = run.stderr.splitlines()
     assert run.returncode == 2 and run.stdout == "" and len(lines) == len(wrong)
@@ -108,9 +121,10 @@ def test_a_wrong_option_is_one_line_before_anything_is_loaded(wrong, why, demo):
 
 def test_the_best_configuration_is_found_beside_a_line_half_written(tmp_path):
     manual = load_module(REPO / "scripts/manual_hpo/bloom_hpo_manual.py")
+    line = '{"eval_loss": %s, "config": {"train_loop_config": {"lr": %s}}}\n'
     for trial, text in {
-        "a": '{"eval_loss": NaN, "config": {"train_loop_config": {"lr": 1}}}\n{"eval_loss": 0.5, "config": {"train_loop_config": {"lr": 2}}}\n{"eval_lo',
-        "b": '{"eval_loss": 0.7, "config": {"train_loop_config": {"lr": 3}}}\n{"done": true}\n[]\n',
+        "a": line % ("NaN", 1) + line % (0.5, 2) + '{"eval_lo',
+        "b": line % (0.7, 3) + '{"done": true}\n[]\n',
         "c": "",
     }.items():
         (tmp_path / "tune" / trial).mkdir(parents=True)

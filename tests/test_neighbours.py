@@ -27,7 +27,8 @@ def ray_cluster():
     environ = os.environ | {"RAY_AUTH_MODE": "disabled"}
     command = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--port=0", "--dashboard-port=0"]
     command += ["--num-cpus=1", '--resources={"trial_slot": 1}', f"--temp-dir={folder}", "--disable-usage-stats"]
-    head = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    head = subprocess.Popen(command, env=environ, start_new_session=True, **quiet)
     try:
         file = folder / "ray_current_cluster"
         address = wait_for(lambda: file.exists() and file.read_text().strip(), 120, "the Ray head")
@@ -49,7 +50,10 @@ def search_with(ray_cluster, demo, tmp_path_factory):
         folder = tmp_path_factory.mktemp("lesson")
         shutil.copy(REPO / "scripts/ds_config.json", folder)
         text = SCRIPT.read_text()
-        for old, new in (("tune.choice(s.BS_CHOICES)", "tune.grid_search([8, 2])"), ("tune.loguniform(s.LR_LOWER, s.LR_UPPER)", RATE)):
+        for old, new in (
+            ("tune.choice(s.BS_CHOICES)", "tune.grid_search([8, 2])"),
+            ("tune.loguniform(s.LR_LOWER, s.LR_UPPER)", RATE),
+        ):
             assert text.count(old) == 1
             text = text.replace(old, new)
         (folder / SCRIPT.name).write_text(text)
@@ -90,7 +94,8 @@ def test_without_a_neighbour_only_what_it_does_is_lost(missing, search_with, alo
     assert {key: str(loss) for key, loss in losses.items()} == {key: str(loss) for key, loss in alone[2].items()}
     assert "Best Trial Result:" in log
     lines = re.findall(r"search \| TorchTrainer_\S+  (started|epoch|finished|ended)", log)
-    assert sorted(lines) == ([] if missing == "trial_log" else ["ended", "epoch", "epoch", "finished", "started", "started"])
+    told = ["ended", "epoch", "epoch", "finished", "started", "started"]
+    assert sorted(lines) == ([] if missing == "trial_log" else told)
     kept = {path.name for path in (folder / "results").iterdir()} - {"tune"}
     assert kept == (set() if missing == "run_state" else {"settings.json"})
 
@@ -109,7 +114,7 @@ def test_with_another_ray_a_lost_node_costs_its_trials_and_the_log_says_so(tmp_p
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"trial_slot": 1})
     monkeypatch.setenv("TUNE_MAX_PENDING_TRIALS_PG", "1")
     context = SimpleNamespace(s=SimpleNamespace(NUM_SAMPLES=1), run_dir=tmp_path)
-    plan = SimpleNamespace(context=context, tune_config=tune.TuneConfig(), run_config=tune.RunConfig(), make_tuner=tune.Tuner)
+    plan = SimpleNamespace(context=context, tune_config=tune.TuneConfig(), run_config=tune.RunConfig())
     monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "1")
     run_state.improve(plan)
     assert capsys.readouterr().out.count("Ray 9.9.9 is not 2.60.0: a trial fails if its node is lost") == 1

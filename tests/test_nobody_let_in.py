@@ -1,7 +1,7 @@
 """A stranger on the same node, against a search that runs. And what a run shows to all.
 
-What is reached over the network is guarded by the token, so there the stranger is one without it; files by their owner, so
-there it is another user.
+The token guards what is reached over the network, so there the stranger is a process without it. File permissions guard
+the files, so there it is another user.
 """
 
 import json
@@ -34,14 +34,15 @@ elif what == "join":
     cli(["start", "--address", address, "--num-cpus=1", "--disable-usage-stats"])
     print("IN")
 else:
-    path = {{"token": run_dir + "/token", "list": run_dir, "plant": run_dir + "/shutdown.txt", "address": run_dir + "/address", "tmp": ray_tmp}}[what]
+    files = {{"token": "/token", "list": "", "plant": "/shutdown.txt", "address": "/address"}}
+    path = ray_tmp if what == "tmp" else run_dir + files[what]
     print("IN", os.listdir(path) if os.path.isdir(path) else open(path, "a").close() or open(path).read())
 """
 
 
 @pytest.fixture(scope="module")
 def running(demo, tmp_path_factory):
-    """A search on this machine, started with the laxest umask, in a folder that everybody may enter. -> (run folder, Ray's folder, job)"""
+    """A search started with umask 000 in a folder that everybody may enter. -> (run folder, Ray's folder, job)"""
     if os.geteuid() != 0:
         pytest.skip("only root can act as another user")
     course = copy_of_the_course(tmp_path_factory.mktemp("open"))
@@ -50,9 +51,11 @@ def running(demo, tmp_path_factory):
             folder.chmod(folder.stat().st_mode | 0o055)
     log = course / "terminal.txt"
     # One long trial, so that no process comes or goes meanwhile.
-    environ = os.environ | SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "NUM_SAMPLES": "1", "NUM_EPOCHS": "10000"}
+    environ = os.environ | SPACE | SMALL | {"NUM_SAMPLES": "1", "NUM_EPOCHS": "10000"}
+    environ |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
     with log.open("w") as output:
-        head = subprocess.Popen(["bash", "-c", f"umask 000; exec bash {HEAD}"], cwd=course, env=environ, stdout=output, stderr=subprocess.STDOUT)
+        head = subprocess.Popen(["bash", "-c", f"umask 000; exec bash {HEAD}"], cwd=course, env=environ,
+                                stdout=output, stderr=subprocess.STDOUT)  # fmt: skip
     try:
         wait_for(lambda: "epoch 1/" in log.read_text(), 120, "the first report")
         job = job_of(log.read_text())
@@ -70,7 +73,8 @@ def probe(what, running, stranger):
     environ["RAY_NUM_REDIS_GET_RETRIES"] = "2"  # tries, a second each, before Ray gives up
     if not stranger:
         environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(run_dir / "token")}
-    command = [sys.executable, "-c", PROBE, what, (run_dir / "address").read_text().strip(), str(run_dir), str(ray_tmp), "yes" if stranger else "no"]
+    address = (run_dir / "address").read_text().strip()
+    command = [sys.executable, "-c", PROBE, what, address, str(run_dir), str(ray_tmp), "yes" if stranger else "no"]
     return subprocess.run(command, env=environ, text=True, check=False, capture_output=True, timeout=120, cwd="/")
 
 
@@ -78,7 +82,8 @@ def probe(what, running, stranger):
 def test_a_stranger_gets_nowhere(what, running):
     run = probe(what, running, stranger=True)
     assert run.returncode != 0 and "IN" not in run.stdout.split(), run.stdout + run.stderr
-    assert any(word in (run.stdout + run.stderr).lower() for word in ("permission denied", "token", "unauthenticated", "connect")), run.stderr
+    reasons = ("permission denied", "token", "unauthenticated", "connect")
+    assert any(word in (run.stdout + run.stderr).lower() for word in reasons), run.stderr
     assert not (running[0] / "shutdown.txt").exists()
 
 
@@ -92,20 +97,26 @@ def test_the_owner_does(what, running):
 def listening(job):
     """[(address, port, command)] of the run's processes."""
     marked = [psutil.Process(pid) for pid in pids(f" head {job}")]
-    mine = {p.pid: " ".join(p.cmdline()) for p in [*marked, *(child for p in marked for child in p.children(recursive=True))] if p.is_running()}
-    return [(c.laddr.ip, c.laddr.port, mine[c.pid]) for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in mine]
+    children = [child for process in marked for child in process.children(recursive=True)]
+    mine = {p.pid: " ".join(p.cmdline()) for p in marked + children if p.is_running()}
+    open_ports = [c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in mine]
+    return [(c.laddr.ip, c.laddr.port, mine[c.pid]) for c in open_ports]
 
 
 def http(address, token=None, path="/api/cluster_status"):
-    request = urllib.request.Request(f"http://{address}{path}", headers={"Authorization": f"Bearer {token}"} if token else {})
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(f"http://{address}{path}", headers=headers)
     try:
         return urllib.request.urlopen(request, timeout=10).status
     except urllib.error.HTTPError as error:
         return error.code
 
 
-CALLS = ("NodeInfoGcsService/GetAllNodeInfo", "NodeManagerService/GetNodeStats", "ObjectManagerService/Pull", "CoreWorkerService/GetCoreWorkerStats",
-         "RayletDriver/ClusterInfo", "LogService/ListLogs", "ReporterService/GetTraceback")
+CALLS = ("NodeInfoGcsService/GetAllNodeInfo", "NodeManagerService/GetNodeStats", "ObjectManagerService/Pull",
+         "CoreWorkerService/GetCoreWorkerStats", "RayletDriver/ClusterInfo", "LogService/ListLogs",
+         "ReporterService/GetTraceback")  # fmt: skip
+PATHS = ("/api/cluster_status", "/api/v0/actors", "/nodes?view=summary", "/api/jobs/", "/api/job_agent/jobs/", "/logs",
+         "/metrics")  # fmt: skip
 
 
 def grpc_answers(ip, port):
@@ -129,7 +140,8 @@ def test_each_port_of_a_run_is_known_and_wants_the_token(running):
     token = (run_dir / "token").read_text()
     kinds = []
     for ip, port, command in listening(job):
-        known = ("gcs_server", "raylet/raylet", "dashboard/dashboard.py", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "raytune_asha_hpo.py", "ray.util.client.server", "ray::")
+        known = ("gcs_server", "raylet/raylet", "dashboard/dashboard.py", "ray::DashboardAgent", "ray::RuntimeEnvAgent",
+                 "raytune_asha_hpo.py", "ray.util.client.server", "ray::")  # fmt: skip
         kinds.append(next((kind for kind in known if kind in command), command))
         if "ray::RayTrainWorker" in command and port >= 20000:  # Ray gives its processes ports from 10002 to 19999
             continue
@@ -138,7 +150,7 @@ def test_each_port_of_a_run_is_known_and_wants_the_token(running):
         if said == {"UNAVAILABLE"}:  # it speaks HTTP
             if kinds[-1] == "dashboard/dashboard.py":
                 assert ip == "127.0.0.1" and http(f"{ip}:{port}", token) == 200
-            for path in ("/api/cluster_status", "/api/v0/actors", "/nodes?view=summary", "/api/jobs/", "/api/job_agent/jobs/", "/logs", "/metrics"):
+            for path in PATHS:
                 assert http(f"{ip}:{port}", path=path) == 401, (path, command)
         else:
             assert said == {"UNAUTHENTICATED", "UNIMPLEMENTED"}, (ip, port, command)
@@ -155,6 +167,7 @@ def test_the_token_and_the_folders_are_the_owners_alone_and_the_token_is_nowhere
         process = psutil.Process(pid)
         assert token not in " ".join(process.cmdline())
         assert token not in json.dumps(process.environ())
-    texts = [path for folder in (run_dir, ray_tmp, run_dir.parents[1] / "logs") for path in folder.rglob("*") if path.is_file() and path.name != "token"]
+    every = [path for folder in (run_dir, ray_tmp, run_dir.parents[1] / "logs") for path in folder.rglob("*")]
+    texts = [path for path in every if path.is_file() and path.name != "token"]
     assert len(texts) > 10
     assert not [path for path in texts if token.encode() in path.read_bytes()]

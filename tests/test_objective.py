@@ -33,37 +33,40 @@ def test_labels_decode_to_the_answer_and_nothing_else(hpo, tokenizer):
     target = [label for label in row["labels"] if label != -100]
     assert tokenizer.decode(target) == " Anna Berg" + tokenizer.eos_token
     assert row["input_ids"][-len(target) :] == target  # the same positions: the answer follows the prompt
-    assert tokenizer.decode(row["input_ids"]).startswith("Context: The old mill")
-    assert tokenizer.decode(row["input_ids"]).endswith("Question: Who keeps the mill?\nAnswer: Anna Berg" + tokenizer.eos_token)
+    whole = tokenizer.decode(row["input_ids"])
+    assert whole.startswith("Context: The old mill")
+    assert whole.endswith("Question: Who keeps the mill?\nAnswer: Anna Berg" + tokenizer.eos_token)
 
 
 def test_the_loss_depends_on_the_context_and_the_question(hpo, tokenizer, model):
     context, question, answer = ROW
+    others = ("Nothing is known about it.", question), (context, "What is the name of the dog?")
     losses = [
         loss_of(model, hpo.collate([hpo.encode(c, q, answer, tokenizer)], tokenizer.pad_token_id))
-        for c, q in ((context, question), ("Nothing is known about it.", question), (context, "What is the name of the dog?"))
+        for c, q in ((context, question), *others)
     ]
     assert len({round(loss, 5) for loss in losses}) == 3
 
 
-@pytest.mark.parametrize("words_of_context, words_of_question, words_of_answer", [
+@pytest.mark.parametrize("of_context, of_question, of_answer", [
     (0, 5, 2), (5000, 5, 2), (300, 600, 3), (20, 5, 100), (50, 50, 490), (3, 3, 5000)])
-def test_the_answer_is_kept_and_the_prompt_gives_way(hpo, tokenizer, words_of_context, words_of_question, words_of_answer):
+def test_the_answer_is_kept_and_the_prompt_gives_way(hpo, tokenizer, of_context, of_question, of_answer):
     words = lambda n, word: " ".join([word] * n)
-    context, question, answer = words(words_of_context, "river"), words(words_of_question, "where"), words(words_of_answer, "mill")
+    context, question, answer = words(of_context, "river"), words(of_question, "where"), words(of_answer, "mill")
     row = hpo.encode(context, question, answer, tokenizer, max_length=512)
     target = [label for label in row["labels"] if label != -100]
     assert len(row["input_ids"]) == len(row["labels"]) <= 512
     assert row["labels"][0] == -100  # at least one prompt token, so each answer token is predicted from something
     whole = tokenizer(" " + answer)["input_ids"]
     assert target == whole[:510] + [tokenizer.eos_token_id]
-    if words_of_question < 100 and words_of_answer < 100:
-        assert tokenizer.decode(row["input_ids"]).count("where") == words_of_question  # the question stands, the context is cut
+    if of_question < 100 and of_answer < 100:  # the question stays whole, the context is cut
+        assert tokenizer.decode(row["input_ids"]).count("where") == of_question
         assert f"\nAnswer: {answer}" in tokenizer.decode(row["input_ids"])
 
 
 def test_a_batch_gives_the_loss_of_its_rows_whatever_the_padding_and_trimming(hpo, tokenizer, model):
-    rows = [hpo.encode(c, "Who?", a, tokenizer) for c, a in (("Anna is here.", "Anna"), ("By the river stands the old mill of Jonas Holm.", "Jonas Holm"))]
+    two = ("Anna is here.", "Anna"), ("By the river stands the old mill of Jonas Holm.", "Jonas Holm")
+    rows = [hpo.encode(context, "Who?", answer, tokenizer) for context, answer in two]
     alone = [loss_of(model, hpo.collate([row], tokenizer.pad_token_id)) for row in rows]
     tokens = [sum(label != -100 for label in row["labels"]) for row in rows]
     expected = sum(loss * n for loss, n in zip(alone, tokens, strict=True)) / sum(tokens)
@@ -75,8 +78,8 @@ def test_a_batch_gives_the_loss_of_its_rows_whatever_the_padding_and_trimming(hp
 
 
 def settings(hpo, demo, squad, **changes):
-    variables = {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(squad)} | {k: str(v) for k, v in changes.items()}
-    return hpo.read_settings(variables)
+    variables = {"MODEL_NAME": demo / "model", "SQUAD_DATA": squad} | changes
+    return hpo.read_settings({name: str(value) for name, value in variables.items()})
 
 
 def test_load_squad_draws_the_same_subset_for_a_seed_and_another_for_another(hpo, demo, squad):
@@ -116,9 +119,14 @@ def test_the_best_result_is_the_lowest_report_of_any_epoch_of_a_trial_without_er
     import pandas
 
     def trial(lr, losses, error=None):
-        rows = [{"eval_loss": loss, "epoch": float(i + 1), "time_total_s": 10.0 * (i + 1), "config/train_loop_config/lr": lr} for i, loss in enumerate(losses)]
-        return FakeResult(error=error, metrics=rows and rows[-1], metrics_dataframe=pandas.DataFrame(rows) if rows else None)
+        rows = [
+            {"eval_loss": loss, "epoch": float(i), "time_total_s": 10.0 * i, "config/train_loop_config/lr": lr}
+            for i, loss in enumerate(losses, 1)
+        ]
+        table = pandas.DataFrame(rows) if rows else None
+        return FakeResult(error=error, metrics=rows and rows[-1], metrics_dataframe=table)
 
-    best = hpo.best_report([trial(1, [5.0, 2.0, 4.0]), trial(2, [3.0, 2.5]), trial(3, [0.1], error=RuntimeError()), trial(4, [float("nan")]), trial(5, [])])
+    failed, diverged, silent = trial(3, [0.1], error=RuntimeError()), trial(4, [float("nan")]), trial(5, [])
+    best = hpo.best_report([trial(1, [5.0, 2.0, 4.0]), trial(2, [3.0, 2.5]), failed, diverged, silent])
     assert best == {"eval_loss": 2.0, "epoch": 2.0, "time_total_s": 20.0, "config": {"train_loop_config": {"lr": 1}}}
     assert hpo.best_report([trial(1, [float("nan")]), trial(2, [])]) is None

@@ -71,12 +71,13 @@ def test_the_exercise_on_the_sandbox(whole_run):
         drawn = reported[0]["config"]["train_loop_config"]
         assert 1e-4 <= drawn["lr"] <= 5e-2 and drawn["per_device_bs"] in (2, 4) and drawn["wd"] in (0.0, 0.1)
     lengths = {len(reported) for reported in reports.values()}
-    assert 5 in lengths and min(lengths) < 5  # some trained to the end, ASHA stopped others: and theirs went to the next
+    assert 5 in lengths and min(lengths) < 5  # some trained to the end, others were stopped by ASHA
     for name, reported in reports.items():
         assert log.count(f"{name}  epoch ") == len(reported)
-        assert f"{name}  {'finished   all epochs' if len(reported) == 5 else f'stopped    by ASHA after epoch {len(reported)}'}" in log
+        stopped = f"stopped    by ASHA after epoch {len(reported)}"
+        assert f"{name}  {'finished   all epochs' if len(reported) == 5 else stopped}" in log
 
-    # The tables that the run has filled in, and the tool's from the log: start, finish, total and costs are Slurm's own.
+    # The tables of the run, and the tool's from the log: start, finish, total and costs are Slurm's own.
     assert "tables and pictures could not be made" not in log
     told = fill_tables(cluster.folder / f"logs/ray_head_bloom_5epochs-{job}.out", "--json", cluster.folder / "run.json")
     (found,) = json.loads((cluster.folder / "run.json").read_text())
@@ -93,14 +94,16 @@ def test_the_exercise_on_the_sandbox(whole_run):
             cells = [cell.strip() for cell in row.split("|")]
             drawn = reported[0]["config"]["train_loop_config"]
             assert [float(cell) for cell in cells[2:7]] == pytest.approx(
-                [drawn["lr"], drawn["per_device_bs"], drawn["wd"], reported[-1]["eval_loss"], reported[-1]["time_total_s"]], rel=1e-4, abs=0.06)
+                [drawn["lr"], drawn["per_device_bs"], drawn["wd"], reported[-1]["eval_loss"],
+                 reported[-1]["time_total_s"]], rel=1e-4, abs=0.06)  # fmt: skip
 
     # Workers left when they were told to, and nothing is left.
     told = (run_dir / "shutdown.txt").stat().st_mtime
     assert held[1] - told < 5
     assert nothing_left(job, worker)
     assert not (run_dir / "token").exists()
-    assert token not in log + cluster.log(worker, "worker") + str(record) + str(end) and "START" in cluster.log(worker, "worker") and "FINISH" in cluster.log(worker, "worker")
+    of_worker = cluster.log(worker, "worker")
+    assert token not in log + of_worker + str(record) + str(end) and "START" in of_worker and "FINISH" in of_worker
 
 
 def test_the_manual_grid_goes_on_after_three_interruptions_and_compares_with_the_search(whole_run, demo, squad):
@@ -189,7 +192,8 @@ def test_cancelled_at_any_moment_nothing_is_left(cluster, demo, squad, moment):
     assert re.search(rf"===== JOB {job} FINISH : .* =====\n\Z", cluster.log(job))
     assert not re.search("SIGTERM received|Killed|Traceback", cluster.log(job))
     workers = cluster.workers(job)
-    wait_for(lambda: not cluster("squeue", "--noheader") and nothing_left(job, *workers), 30, "jobs, processes and folders to be gone")
+    gone = lambda: not cluster("squeue", "--noheader") and nothing_left(job, *workers)
+    wait_for(gone, 30, "jobs, processes and folders to be gone")
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +261,8 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
     found = decisions(course / "runs" / job)
     assert [(n, e, d) for n, e, _, d in found] == [(n, e, d) for n, e, _, d in expected]
     assert [loss for *_, loss, _ in found] == pytest.approx([loss for *_, loss, _ in expected], rel=1e-4)
-    drawn = lambda log: {row["Trial name"][-5:]: [row[key] for key in row if key.startswith("train_loop_config")] for row in table_of(log)}
+    values_of = lambda row: [row[key] for key in row if key.startswith("train_loop_config")]
+    drawn = lambda log: {row["Trial name"][-5:]: values_of(row) for row in table_of(log)}
     assert drawn(second) == {number: values for number, values in drawn(log).items() if int(number) < 5}
     assert nothing_left(job, job_of(second))
 
@@ -266,7 +271,8 @@ def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(course, demo):
     """Each with a Ray of its own on this machine."""
     environ = os.environ | SPACE | SMALL | {"NUM_SAMPLES": "3", "NUM_EPOCHS": "2", "WORKERS_PER_TRIAL": "1"}
     environ |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
-    runs = [subprocess.Popen(["bash", HEAD], cwd=course, env=environ, text=True, stdout=subprocess.PIPE) for _ in range(2)]
+    start = lambda: subprocess.Popen(["bash", HEAD], cwd=course, env=environ, text=True, stdout=subprocess.PIPE)
+    runs = [start(), start()]
     logs = [run.communicate(timeout=600)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], logs
     assert "stopped    by ASHA after epoch 1" in logs[0] and job_of(logs[0]) != job_of(logs[1])
@@ -288,7 +294,7 @@ def test_a_hyperparameter_added_in_one_line_takes_effect_and_a_misspelt_one_is_r
     assert status == 2 and "ERROR: search space: 'warmup_rate'" in log and not (course / "runs").exists()
 
     script.write_text(text.replace(line, '            "warmup_ratio": tune.uniform(0.1, 0.5),\n' + line))
-    (script.parents[1] / "fill_tables.py").write_text("raise SystemExit('no tables today')\n")  # costs a line, not the run
+    (script.parents[1] / "fill_tables.py").write_text("raise SystemExit('no tables today')\n")  # not fatal
     status, log = quickstart(course, **variables)
     assert status == 0
     check_log(log, job_of(log))
@@ -315,7 +321,8 @@ def test_interrupted_on_a_laptop_nothing_is_left(course, demo):
     environ = os.environ | SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
     output = course / "terminal.txt"
     with output.open("w") as terminal:
-        head = subprocess.Popen(["bash", HEAD], cwd=course, env=environ, stdout=terminal, stderr=subprocess.STDOUT, start_new_session=True)
+        head = subprocess.Popen(["bash", HEAD], cwd=course, env=environ, stdout=terminal, stderr=subprocess.STDOUT,
+                                start_new_session=True)  # fmt: skip
     wait_for(lambda: "  started" in output.read_text(), 120, "the first trial")
     os.killpg(head.pid, signal.SIGINT)  # what Ctrl-C does
     assert head.wait(30) == 130

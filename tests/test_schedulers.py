@@ -36,12 +36,14 @@ def pbt(tmp_path):
 def private_ray():
     """Environment that points to a Ray of this test's own, with room for one trial."""
     folder = Path(f"/tmp/ray_{os.getpid()}")
-    environ = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(SCRIPT.parent), "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
-    command = ["-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0", "--dashboard-port=0", "--num-cpus=4", "--disable-usage-stats",
-               '--resources={"trial_slot": 1}', f"--temp-dir={folder}", "--node-ip-address=127.0.0.1"]
-    ray = subprocess.Popen([sys.executable, *command], env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = folder / "ray_current_cluster"
-    yield environ | {"RAY_ADDRESS": wait_for(lambda: address.exists() and address.read_text().strip(), 90, "Ray to start")}
+    environ = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
+    environ |= {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0", "--num-cpus=4",
+               "--dashboard-port=0", "--disable-usage-stats", '--resources={"trial_slot": 1}', f"--temp-dir={folder}",
+               "--node-ip-address=127.0.0.1"]  # fmt: skip
+    ray = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    file = folder / "ray_current_cluster"
+    yield environ | {"RAY_ADDRESS": wait_for(lambda: file.exists() and file.read_text().strip(), 90, "Ray to start")}
     ray.send_signal(signal.SIGTERM)
     ray.wait(60)
     for process in Path("/proc").glob("[0-9]*"):
@@ -56,18 +58,22 @@ def test_weights_pass_from_trial_to_trial_also_in_a_run_that_is_continued(pbt, p
     One trial at a time, so PBT pauses each after each epoch: the order of reports, and so the copies, do not depend on
     the machine. One process a trial; two processes are tested below.
     """
-    script, run_dir, log = pbt('{"lr": [1e-12]}'), tmp_path / "run", tmp_path / "log.txt"
-    environ = private_ray | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "TRAIN_SAMPLES": "32", "EVAL_SAMPLES": "16",
-                             "LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "BS_CHOICES": "2", "NUM_SAMPLES": "2", "NUM_EPOCHS": "8",
-                             "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "2"}
+    run_dir, log = tmp_path / "run", tmp_path / "log.txt"
+    command = [sys.executable, pbt('{"lr": [1e-12]}'), "--run-dir", run_dir]
+    environ = private_ray | {
+        "MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "TRAIN_SAMPLES": "32",
+        "EVAL_SAMPLES": "16", "LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "BS_CHOICES": "2", "NUM_SAMPLES": "2",
+        "NUM_EPOCHS": "8", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "2",
+    }  # fmt: skip
     with log.open("w") as output:
-        first = subprocess.Popen([sys.executable, script, "--run-dir", run_dir], env=environ, stdout=output, stderr=subprocess.STDOUT)
-        wait_for(lambda: proofs(log.read_text()) or first.poll() is not None, 180, "a trial that has trained what it copied")
+        first = subprocess.Popen(command, env=environ, stdout=output, stderr=subprocess.STDOUT)
+        copied = lambda: proofs(log.read_text()) or first.poll() is not None
+        wait_for(copied, 180, "a trial that has trained what it copied")
         saved = list(run_dir.glob("checkpoints/*/*/checkpoint-*"))
         first.send_signal(signal.SIGINT)  # Ray records where each trial is, and ends
         first.wait(60)
         assert 2 <= len(saved) <= 4, saved  # of each trial the last one, and that to be copied; one may be about to go
-        status = subprocess.run([sys.executable, script, "--run-dir", run_dir], env=environ, stdout=output, stderr=subprocess.STDOUT, timeout=180, check=False)
+        status = subprocess.run(command, env=environ, stdout=output, stderr=subprocess.STDOUT, timeout=180, check=False)
     assert status.returncode == 0, log.read_text()
     before, after = log.read_text().split("continues the run in ")
     for mine, donors in proofs(before + after):
@@ -81,7 +87,7 @@ def test_weights_pass_from_trial_to_trial_also_in_a_run_that_is_continued(pbt, p
 
 
 def proofs(log):
-    """For each copy that was then trained: (the copier's loss at its next epoch, the donor's at the epoch that was copied)."""
+    """For each copy that was then trained: (the copier's loss at its next epoch, the donor's at the copied epoch)."""
     losses, waiting, found = {}, {}, []
     for line in log.splitlines():
         if match := re.search(r"search \| (\S+)  copies     (\S+) as it was after epoch (\d+)", line):
@@ -93,25 +99,29 @@ def proofs(log):
     return found
 
 
-@pytest.mark.parametrize("mutations, why", [('{"lr": [1e-3], "per_device_bs": [1, 2]}', "'per_device_bs' sets the steps of an epoch"),
-                                            ('{"warmup_ratio": [0.1]}', "'warmup_ratio' is not in the search space")])
+@pytest.mark.parametrize("mutations, why", [
+    ('{"lr": [1e-3], "per_device_bs": [1, 2]}', "'per_device_bs' sets the steps of an epoch"),
+    ('{"warmup_ratio": [0.1]}', "'warmup_ratio' is not in the search space")])
 def test_what_a_copy_cannot_change_is_named_before_anything_starts(pbt, mutations, why):
-    run = subprocess.run([sys.executable, pbt(mutations), "--run-dir", "/none"], text=True, check=False, capture_output=True, timeout=60)
+    command = [sys.executable, pbt(mutations), "--run-dir", "/none"]
+    run = subprocess.run(command, text=True, check=False, capture_output=True, timeout=60)
     assert run.returncode == 1 and run.stderr.startswith(f"ERROR: mutations: {why}") and run.stderr.count("\n") == 1
 
 
 def test_a_training_goes_on_from_anothers_weights_with_its_own_hyperparameters(demo, tmp_path):
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TESTS / "train_from_checkpoint.py",
-         demo / "model", demo / "squad", tmp_path],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         TESTS / "train_from_checkpoint.py", demo / "model", demo / "squad", tmp_path],
         env=os.environ | {"PYTHONPATH": str(PBT.parent), "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"},
         text=True, check=False, capture_output=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     every = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("RESULT "))[7:])
-    assert {every[engine]["donor"]["optimizer"] for engine in every} == {"AcceleratedOptimizer", "DeepSpeedOptimizerWrapper"}
+    optimizers = {every[engine]["donor"]["optimizer"] for engine in every}
+    assert optimizers == {"AcceleratedOptimizer", "DeepSpeedOptimizerWrapper"}
     for results in every.values():
         donor, same, still, other = (results[name] for name in ("donor", "same", "still", "other"))
-        assert donor["step"] == 0 and same["step"] == still["step"] == other["step"] == 8  # two of four epochs, 4 steps each
+        assert donor["step"] == 0
+        assert same["step"] == still["step"] == other["step"] == 8  # two of four epochs, 4 steps each
         assert same["weights"] == still["weights"] == other["weights"] != donor["weights"]
         assert same["losses"] == donor["losses"][2:]  # as if it had not been interrupted
         assert still["losses"] == [donor["losses"][1]] * 2  # the donor's weights, and a rate of nothing

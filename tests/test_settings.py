@@ -22,7 +22,8 @@ def local(demo):
 def test_defaults_are_the_documented_ones(hpo):
     s = hpo.read_settings({})
     assert (s.LR_LOWER, s.LR_UPPER, s.BS_CHOICES, s.WD_CHOICES) == (5e-6, 2e-4, [1, 2], [0.0, 0.01])
-    assert (s.WORKER_NODES, s.NUM_SAMPLES, s.NUM_EPOCHS, s.TRAIN_SAMPLES, s.EVAL_SAMPLES, s.SEED) == (1, 12, 5, 1000, 100, 42)
+    assert (s.WORKER_NODES, s.NUM_SAMPLES, s.NUM_EPOCHS, s.SEED) == (1, 12, 5, 42)
+    assert (s.TRAIN_SAMPLES, s.EVAL_SAMPLES) == (1000, 100)
     assert (s.WORKERS_PER_TRIAL, s.CPUS_PER_WORKER, s.GPUS_PER_WORKER) == (2, 2, 1)
     assert (s.MODEL_NAME, s.SQUAD_DATA) == ("bigscience/bloom-560m", "rajpurkar/squad")
 
@@ -30,7 +31,8 @@ def test_defaults_are_the_documented_ones(hpo):
 def test_a_misspelt_hyperparameter_is_a_problem_and_a_right_one_is_not(checks):
     drawn = {"lr": None, "per_device_bs": None, "wd": None}
     assert checks.search_space_problems({"train_loop_config": drawn}) == []
-    assert checks.search_space_problems({"train_loop_config": drawn | {"warmup_ratio": None, "adam_beta2": None}}) == []
+    right = drawn | {"warmup_ratio": None, "adam_beta2": None}
+    assert checks.search_space_problems({"train_loop_config": right}) == []
     problems = checks.search_space_problems({"train_loop_config": drawn | {"warmup_rate": None, "weight_decai": None}})
     assert [line.split("'")[1] for line in problems] == ["warmup_rate", "weight_decai"]
     assert "did you mean 'warmup_ratio'?" in problems[0] and "did you mean 'weight_decay'?" in problems[1]
@@ -51,8 +53,8 @@ def test_a_scheduler_that_needs_checkpoints_is_a_problem_where_there_are_none(ch
 def run(environ, *options):
     """check_inputs.py as scripts call it."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HF_"))}
-    return subprocess.run([sys.executable, CHECK, *options], env=ours | environ, text=True, check=False, capture_output=True, timeout=60,
-                          cwd=environ.get("PWD"))
+    return subprocess.run([sys.executable, CHECK, *options], env=ours | environ, cwd=environ.get("PWD"), text=True,
+                          check=False, capture_output=True, timeout=60)  # fmt: skip
 
 
 HOSTILE = ["a b", "it's \"so\"", "$(touch here)", "`touch here`;x", "*", "-n", "é 模型", "back\\slash", "$HOME"]
@@ -65,8 +67,9 @@ def test_eval_of_the_exports_gives_exactly_the_values(checks, hpo, demo, tmp_pat
         for name in HOSTILE:
             (tmp_path / name / file.name).symlink_to(file)
     for i, name in enumerate(HOSTILE):
-        given = {"MODEL_NAME": f"{tmp_path}/{name}", "SQUAD_DATA": f"./{name}", "PWD": str(tmp_path), "LR_LOWER": "0.00001",
-                 "BS_CHOICES": " 4  2 ", "NUM_SAMPLES": "007"} | ({"GPUS_PER_WORKER": "0"} if i else {})  # fmt: skip
+        given = {"MODEL_NAME": f"{tmp_path}/{name}", "SQUAD_DATA": f"./{name}", "PWD": str(tmp_path),
+                 "LR_LOWER": "0.00001", "BS_CHOICES": " 4  2 ", "NUM_SAMPLES": "007"}  # fmt: skip
+        given |= {"GPUS_PER_WORKER": "0"} if i else {}
         if i < 2:  # the real thing; the others in this process
             done = run(given, "--export")
             assert done.returncode == 0 and f"  MODEL_NAME         {tmp_path}/{name}\n" in done.stderr
@@ -74,13 +77,14 @@ def test_eval_of_the_exports_gives_exactly_the_values(checks, hpo, demo, tmp_pat
         else:
             s = checks.check(given | {"SQUAD_DATA": f"{tmp_path}/{name}"})
             exports = "".join(f"{line}\n" for line in checks.export_lines(s))
-        shell = subprocess.run(["bash", "-euc", 'eval "$0"; env -0', exports], cwd=tmp_path, env={"PATH": os.environ["PATH"]},
-                               text=True, check=True, capture_output=True)  # fmt: skip
+        shell = subprocess.run(["bash", "-euc", 'eval "$0"; env -0', exports], cwd=tmp_path, text=True, check=True,
+                               env={"PATH": os.environ["PATH"]}, capture_output=True)  # fmt: skip
         got = dict(entry.split("=", 1) for entry in shell.stdout.split("\0") if entry)
         assert got["MODEL_NAME"] == got["SQUAD_DATA"] == f"{tmp_path}/{name}"
         assert set(hpo.VARIABLES) - set(got) == (set() if i else {"GPUS_PER_WORKER"})  # 0 where there are no GPUs
         s = hpo.read_settings(got)
-        assert (s.LR_LOWER, s.BS_CHOICES, s.NUM_SAMPLES, s.GPUS_PER_WORKER, s.SEED) == (1e-5, [4, 2], 7, 0 if i else 1, 42)
+        assert (s.LR_LOWER, s.BS_CHOICES, s.NUM_SAMPLES, s.SEED) == (1e-5, [4, 2], 7, 42)
+        assert s.GPUS_PER_WORKER == (0 if i else 1)
     assert not (tmp_path / "here").exists()
 
 
@@ -104,14 +108,16 @@ def test_a_missing_package_is_one_line(local, tmp_path, checks, monkeypatch):
 # ---- RESUME ------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def earlier(local, tmp_path):
-    """The folder of an earlier run; its settings.json also names variables that there are no more."""
-    saved = local | {"LR_LOWER": "1e-5", "NUM_SAMPLES": "7", "WORKER_NODES": "3", "CHECKPOINTS": "1", "SEEDS": "1", "OLD": None}
+    """The folder of an earlier run; its settings.json also names variables that no longer exist."""
+    saved = local | {"LR_LOWER": "1e-5", "NUM_SAMPLES": "7", "WORKER_NODES": "3"}
+    saved |= {"CHECKPOINTS": "1", "SEEDS": "1", "OLD": None}
     (tmp_path / "settings.json").write_text(json.dumps(saved))
     return str(tmp_path)
 
 
 def test_a_resumed_run_has_its_settings_and_some_may_change(checks, earlier, local):
-    s = checks.check({"RESUME": earlier, "LR_LOWER": "0.00001", "WORKER_NODES": "2", "MODEL_NAME": local["MODEL_NAME"] + "/."})
+    model = local["MODEL_NAME"] + "/."
+    s = checks.check({"RESUME": earlier, "LR_LOWER": "0.00001", "WORKER_NODES": "2", "MODEL_NAME": model})
     assert (s.LR_LOWER, s.NUM_SAMPLES, s.WORKER_NODES, s.SEED, s.gpus_required) == (1e-5, 7, 2, 42, False)
     assert checks.check({"RESUME": earlier}).WORKER_NODES == 3 and s.MODEL_NAME == local["MODEL_NAME"]
 
@@ -121,7 +127,8 @@ def test_a_resumed_run_keeps_what_decides_its_results(checks, earlier):
         checks.check({"RESUME": earlier, "NUM_SAMPLES": "8", "SEED": "42", "LR_LOWER": "x", "GPUS_PER_WORKER": "0"})
     lines = str(error.value).splitlines()
     assert sorted(line.split("=")[0] for line in lines) == ["GPUS_PER_WORKER", "LR_LOWER", "NUM_SAMPLES", "SEED"]
-    assert f"NUM_SAMPLES='8': the run in {earlier} has '7'; unset NUM_SAMPLES, or start a new run without RESUME" in lines
+    fix = "unset NUM_SAMPLES, or start a new run without RESUME"
+    assert f"NUM_SAMPLES='8': the run in {earlier} has '7'; {fix}" in lines
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]", "3", '"text"', "[" * 100_000])
@@ -134,15 +141,18 @@ def test_a_folder_without_settings_is_no_run(checks, tmp_path, content):
 
 # ---- Names on the Hugging Face hub -------------------------------------------------------------------------------
 def test_names_on_the_hub(hub, tmp_path):  # noqa: F811
-    """The hub's own clients ask the stand-in. What it looks at leaves nothing that an offline node would take for all."""
-    on_hub = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "no_proxy": "127.0.0.1", "MODEL_NAME": "org/tiny", "SQUAD_DATA": "org/squad"}
+    """The hub's own clients ask the stand-in. The check leaves nothing that an offline node would take for a model."""
+    on_hub = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "no_proxy": "127.0.0.1"}
+    on_hub |= {"MODEL_NAME": "org/tiny", "SQUAD_DATA": "org/squad"}
     done = run(on_hub)
     assert done.returncode == 0 and done.stderr == "" and "  MODEL_NAME         org/tiny\n" in done.stdout
     assert not [line for line in hub.asked if line == "GET /org/tiny/resolve/main/model.safetensors"]
     done = run(on_hub | {"MODEL_NAME": "org/pickled", "SQUAD_DATA": "org/none"})
     model, data = done.stderr.splitlines()
-    assert done.returncode == 2 and model.startswith("ERROR: MODEL_NAME='org/pickled': has no weights in model*.safetensors")
-    assert data.startswith("ERROR: SQUAD_DATA='org/none': cannot be loaded: ") and data.endswith("and give the local folder")
+    assert done.returncode == 2
+    assert model.startswith("ERROR: MODEL_NAME='org/pickled': has no weights in model*.safetensors")
+    assert data.startswith("ERROR: SQUAD_DATA='org/none': cannot be loaded: ")
+    assert data.endswith("and give the local folder")
     done = run(on_hub | {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port()}"})  # a node without a route
     names = [line.split(": cannot be loaded: ")[0] for line in done.stderr.splitlines()]
     assert done.returncode == 2 and names == ["ERROR: MODEL_NAME='org/tiny'", "ERROR: SQUAD_DATA='org/squad'"]
@@ -173,8 +183,8 @@ def test_what_the_hub_says_of_a_data_set_is_checked(checks, local, monkeypatch):
 
 # ---- Capacity ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("W, Cw, Gw, Csys, Cnode, Gnode, T", [
-    (2, 2, 1, 2, 20, 8, 4), (2, 2, 1, 2, 17, 8, 3), (2, 2, 1, 2, 64, 4, 2), (2, 2, 0, 2, 20, 0, 4), (2, 2, 1, 2, 20, 1, 0),
-    (4, 8, 1, 2, 20, 8, 0), (1, 1, 0, 2, 1, 0, 0), (1, 1, 1, 0, 1, 1, 1)])
+    (2, 2, 1, 2, 20, 8, 4), (2, 2, 1, 2, 17, 8, 3), (2, 2, 1, 2, 64, 4, 2), (2, 2, 0, 2, 20, 0, 4),
+    (2, 2, 1, 2, 20, 1, 0), (4, 8, 1, 2, 20, 8, 0), (1, 1, 0, 2, 1, 0, 0), (1, 1, 1, 0, 1, 1, 1)])
 def test_capacity(W, Cw, Gw, Csys, Cnode, Gnode, T):
     numbers = {"W": W, "Cw": Cw, "Gw": Gw, "Csys": Csys, "Cnode": Cnode, "Gnode": Gnode}
     options = [f"--{name}={value}" for name, value in numbers.items()]

@@ -1,7 +1,7 @@
 """Training for real: DeepSpeed with the shipped settings, one and two processes; every hyperparameter is live.
 
-Many trainings in a process, because its start takes longer than they do. So they are warm trials as well: what comes out
-of one must not depend on those before it.
+Many trainings share a process, because its start takes longer than they do. So they are warm trials as well: no result
+may depend on the trainings before it.
 """
 
 import json
@@ -14,7 +14,8 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 BASE = {"lr": 1e-3, "per_device_bs": 2, "wd": 0.0}
-CHANGES = [{}, {"lr": 2e-3}, {"per_device_bs": 1}, {"wd": 0.5}, {"warmup_ratio": 0.5}, {"adam_beta2": 0.5}, {"max_grad_norm": 0.01, "adam_epsilon": 1e-3}]
+CHANGES = [{}, {"lr": 2e-3}, {"per_device_bs": 1}, {"wd": 0.5}, {"warmup_ratio": 0.5}, {"adam_beta2": 0.5},
+           {"max_grad_norm": 0.01, "adam_epsilon": 1e-3}]  # fmt: skip
 FROZEN = {"lr": 1e-12}  # training changes nothing, so the loss is that of the model as it is stored
 ONE_STEP = {"per_device_bs": 4, "lr": 1e-2}  # four samples a step in one process
 
@@ -22,8 +23,9 @@ ONE_STEP = {"per_device_bs": 4, "lr": 1e-2}  # four samples a step in one proces
 def train(demo, processes, trainings):
     """What train_variants.py found: {name: result}."""
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", TESTS / "train_variants.py",
-         demo / "model", demo / "squad", *(json.dumps(BASE | training) for training in trainings.values())],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+         TESTS / "train_variants.py", demo / "model", demo / "squad",
+         *(json.dumps(BASE | training) for training in trainings.values())],
         env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"},
         text=True, check=False, capture_output=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -43,7 +45,8 @@ def one(demo):
 @pytest.fixture(scope="module")
 def two(demo):
     """Results of trainings in two processes."""
-    return train(demo, 2, {"frozen": FROZEN} | {f"stage {stage}": ONE_STEP | {"per_device_bs": 2, "engine": stage} for stage in (2, 3)})
+    stages = {f"stage {stage}": ONE_STEP | {"per_device_bs": 2, "engine": stage} for stage in (2, 3)}
+    return train(demo, 2, {"frozen": FROZEN} | stages)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -76,7 +79,8 @@ def test_eval_loss_is_the_exact_mean_over_answer_tokens(demo, hpo, one, two):
     import torch
     from transformers import AutoModelForCausalLM
 
-    settings = hpo.read_settings({"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11"})
+    local = {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+    settings = hpo.read_settings(local | {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11"})
     model = AutoModelForCausalLM.from_pretrained(demo / "model")
     loss_sum = tokens = 0
     for row in hpo.load_squad(settings)[1]:

@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 ray.get = lambda data: data  # there is no Ray here
 ray.get_gpu_ids = list
 DONOR = {"lr": 1e-2, "per_device_bs": 2, "wd": 0.0, "adam_beta2": 0.9}
-VARIANTS = {"donor": {}, "same": {}, "still": {"lr": 1e-12}, "other": {"lr": 4e-2, "wd": 0.5, "adam_beta2": 0.8, "adam_epsilon": 1e-6}}
+OTHER = {"lr": 4e-2, "wd": 0.5, "adam_beta2": 0.8, "adam_epsilon": 1e-6}
+VARIANTS = {"donor": {}, "same": {}, "still": {"lr": 1e-12}, "other": OTHER}
 fine_tune = pbt.lesson.fine_tune
 
 
@@ -29,8 +30,9 @@ class Watch(TrainerCallback):
     def on_step_begin(self, args, state, control, optimizer=None, model=None, **kwargs):
         self.seen["last"] = optimizer.param_groups[0]["lr"]
         if len(self.seen) == 1:
+            keys = ("lr", "weight_decay", "betas", "eps")
             self.seen |= {
-                "groups": [{key: group[key] for key in ("lr", "weight_decay", "betas", "eps")} for group in optimizer.param_groups],
+                "groups": [{key: group[key] for key in keys} for group in optimizer.param_groups],
                 "weights": sum(parameter.detach().double().abs().sum().item() for parameter in model.parameters()),
                 "step": state.global_step,
                 "optimizer": type(optimizer).__name__,
@@ -40,7 +42,7 @@ class Watch(TrainerCallback):
 def train(hyperparameters, settings, rows, folder, start_from):
     """What was seen, and the reports."""
     watch, reports = Watch(), []
-    pbt.lesson.fine_tune = lambda config, s, train, test, callbacks: fine_tune(config, s, train, test, [*callbacks, watch])
+    pbt.lesson.fine_tune = lambda *training: fine_tune(*training[:4], [*training[4], watch])
     config = {"settings": settings, "data": rows, "report": reports.append}
     pbt.train_loop_per_worker(hyperparameters | config, folder, start_from)
     return watch.seen | {"losses": [report["eval_loss"] for report in reports]}, reports
@@ -48,7 +50,8 @@ def train(hyperparameters, settings, rows, folder, start_from):
 
 def main():
     model, squad, folder = sys.argv[1:]
-    settings = pbt.lesson.read_settings({"MODEL_NAME": model, "SQUAD_DATA": squad, "TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "4"})
+    small = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "4"}
+    settings = pbt.lesson.read_settings({"MODEL_NAME": model, "SQUAD_DATA": squad} | small)
     rows, results = pbt.lesson.load_squad(settings), {}
     shipped = pbt.lesson.DS_CONFIG
     for engine, pbt.lesson.DS_CONFIG in {"none": None, "deepspeed": shipped}.items():  # accelerate knows no way back

@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc_per_node=2 train_variants.py MODEL SQUAD TRAINING...
 
-TRAINING: a JSON dict of hyperparameters. Its key "engine", if any, is "none" (training without DeepSpeed) or a ZeRO stage
-instead of the shipped one. Those with "none" come first: once with DeepSpeed, accelerate stays with it.
+TRAINING: a JSON dict of hyperparameters. Its key "engine", if any, is "none" (training without DeepSpeed) or a ZeRO
+stage instead of the shipped one. Those with "none" come first: accelerate cannot switch back from DeepSpeed.
 """
 
 import json
@@ -39,7 +39,8 @@ class Watch(TrainerCallback):
 
 def main():
     model, squad, *trainings = sys.argv[1:]
-    settings = hpo.read_settings({"MODEL_NAME": model, "SQUAD_DATA": squad, "TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "1"})
+    small = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "1"}
+    settings = hpo.read_settings({"MODEL_NAME": model, "SQUAD_DATA": squad} | small)
     rows, results, written = hpo.load_squad(settings), [], Path(f"{sys.argv[0]}.{os.getpid()}.json")
     for training in map(json.loads, trainings):
         stage, watch = training.pop("engine", 2), Watch()

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """How long a run holds nodes before it trains and after it has trained: phases of one run on the sandbox.
 
-    .venv/bin/python tests/benchmarks/bringup.py               # 3 runs of one trial with the demo model; about 3 minutes
+    .venv/bin/python tests/benchmarks/bringup.py              # 3 runs of one trial with the demo model; about 3 minutes
 
-Beside it the least that Ray takes, in the same run of this program: a bare `ray start --head`, a bare `ray start` of a
-worker and a bare driver, one after the other. Nothing else should run on the machine.
+Compared with the least that Ray takes, measured in between: a bare `ray start --head`, a bare `ray start` of a worker
+and a bare driver, one after the other. Nothing else should run on the machine.
 """
 
 import argparse
@@ -45,12 +45,16 @@ def until_it_says(command, text, environ):
 def floor(folder):
     """Seconds of a bare head, a bare worker and a bare driver, each with its own folder, without a token."""
     environ = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    common = ["--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats", "--object-store-memory=500000000", "--include-log-monitor=false"]
-    head, first = until_it_says([RAY, "start", "--head", "--port=0", "--dashboard-port=0", "--num-cpus=0", f"--temp-dir={folder}/h", *common], "Ray runtime started", environ)
+    start = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats",
+             "--object-store-memory=500000000", "--include-log-monitor=false"]  # fmt: skip
+    bare_head = [*start, "--head", "--port=0", "--dashboard-port=0", "--num-cpus=0", f"--temp-dir={folder}/h"]
+    head, first = until_it_says(bare_head, "Ray runtime started", environ)
     file = Path(f"{folder}/h/ray_current_cluster")
     address = wait_for(lambda: file.exists() and file.read_text(), 10, file)
-    worker, second = until_it_says([RAY, "start", f"--address={address}", "--num-cpus=4", f"--temp-dir={folder}/w", *common], "Ray runtime started", environ)
-    driver, third = until_it_says([sys.executable, "-c", f"import ray; ray.init('{address}', logging_level='ERROR'); print('connected', flush=True)"], "connected", environ)
+    bare_worker = [*start, f"--address={address}", "--num-cpus=4", f"--temp-dir={folder}/w"]
+    worker, second = until_it_says(bare_worker, "Ray runtime started", environ)
+    code = f"import ray; ray.init('{address}', logging_level='ERROR'); print('connected', flush=True)"
+    driver, third = until_it_says([sys.executable, "-c", code], "connected", environ)
     for process in (driver, worker, head):
         process.terminate()
         process.wait(60)
@@ -59,6 +63,7 @@ def floor(folder):
 
 def one_run(cluster, variables):
     """Seconds of each phase of a run, and from its last report to the end of the worker job and of the head job."""
+
     def moment(text):
         while text not in cluster.log(job):
             if time.monotonic() > begin + 300:
@@ -90,7 +95,8 @@ def main():
         subprocess.run([sys.executable, REPO / "scripts/demo_assets.py", demo], check=True, stdout=subprocess.DEVNULL)
         environ = os.environ | {"MINI_SLURM_DIR": f"{folder}/ms"}
         script = REPO / "tests/mini_slurm.sh"
-        up = subprocess.run(["bash", script, "up"], env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+        up = subprocess.run(["bash", script, "up"], env=environ, text=True, check=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.DEVNULL)  # fmt: skip
         try:
             cluster = Cluster(environ | {"SLURM_CONF": up.stdout.split("=", 1)[1].strip()}, course)
             variables = SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
@@ -99,15 +105,17 @@ def main():
                 measured.append(one_run(cluster, variables))
                 floors.append(floor(tempfile.mkdtemp(prefix=f"{i}.", dir=folder)))
         finally:
-            subprocess.run(["bash", script, "down"], env=environ, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.run(["bash", script, "down"], env=environ, check=True, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)  # fmt: skip
 
     print("| s | median | lowest | highest |\n|---|---|---|---|")
     rows = {name: [run[name] for run in measured] for name in measured[0]}
     rows |= dict(zip(("bare head", "bare worker", "bare driver"), zip(*floors, strict=True), strict=True))
     for name, values in rows.items():
         print(f"| {name} | {statistics.median(values):.1f} | {min(values):.1f} | {max(values):.1f} |")
-    least, bring_up = statistics.median(map(sum, floors)), statistics.median(rows["bring-up: sbatch to search connected"])
-    print(f"\nbring-up / (bare head + bare worker + bare driver): {bring_up / least:.2f}  ({runs} runs, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')})")
+    ratio = statistics.median(rows["bring-up: sbatch to search connected"]) / statistics.median(map(sum, floors))
+    print(f"\nbring-up / (bare head + bare worker + bare driver): {ratio:.2f}  "
+          f"({runs} runs, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')})")
 
 
 if __name__ == "__main__":

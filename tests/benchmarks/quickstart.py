@@ -75,7 +75,8 @@ def main():
     if (child := parser.parse_args().child) is not None:
         return trains_the_same(child)
     with tempfile.TemporaryDirectory() as folder:
-        course, demo, steps = copy_of_the_course(Path(folder) / "repo"), Path(folder) / "demo", Path(folder) / "steps"
+        demo, steps = Path(folder) / "demo", Path(folder) / "steps"
+        course = copy_of_the_course(Path(folder) / "repo")
         subprocess.run([sys.executable, REPO / "scripts/demo_assets.py", demo], check=True, stdout=subprocess.DEVNULL)
         script = Path(folder) / "repo" / SCRIPT.relative_to(REPO)
         text, line = script.read_text(), "\n    callbacks = ["
@@ -109,7 +110,8 @@ def main():
     }.items():
         print(f"| {name} | {show(value)} | {show(value / imports)} | {value / limit:.2f} |")
     middle, low, high = statistics.median(between), min(between), max(between)
-    print(f"\nturnover: {middle:.2f} s ({low:.2f} to {high:.2f}), median of {len(between)}, {middle / imports:.2f} imports")
+    spread = f"{middle:.2f} s ({low:.2f} to {high:.2f})"
+    print(f"\nturnover: {spread}, median of {len(between)}, {middle / imports:.2f} imports")
     print(f"({len(trials)} trials, 2 workers each, seed 42, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')})")
 
 

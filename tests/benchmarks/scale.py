@@ -3,10 +3,10 @@
 
     .venv/bin/python tests/benchmarks/scale.py                             # 12, 100 and 1,000 trials; a few minutes
     .venv/bin/python tests/benchmarks/scale.py --trials 10000 --minutes 9  # cut short after 9 minutes
-    .venv/bin/python tests/benchmarks/scale.py --nodes 1 4 8 16            # worker nodes on this machine join, then leave
+    .venv/bin/python tests/benchmarks/scale.py --nodes 1 4 8 16            # worker nodes (here) join, then leave
 
-Run by the head script in a copy of the repository whose fast_trials.py makes up the losses: a slot's trials share a
-process, as in the exercise, which costs nothing. Nothing else should run on the machine.
+The head script runs in a copy of the repository whose fast_trials.py makes up the losses; as in the exercise, the
+trials of a slot share a process. Nothing else should run on the machine.
 """
 
 import argparse
@@ -59,7 +59,8 @@ def course_of_cheap_trials(folder, at_once, seconds=0):
     course = copy_of_the_course(folder)
     tools = course.parents[3] / "scripts/raytune_hpo"
     (tools / "raytune_asha_scheduler/fast_trials.py").write_text(CHEAP_TRIALS.replace("SECONDS", str(seconds)))
-    text, line = (tools / "ray_job.sh").read_text(), "    # Tune runs as many trials at once as there are trial_slots.\n"
+    line = "    # Tune runs as many trials at once as there are trial_slots.\n"
+    text = (tools / "ray_job.sh").read_text()
     assert text.count(line) == 1
     (tools / "ray_job.sh").write_text(text.replace(line, f"    SLOTS={at_once}\n"))
     return course
@@ -73,9 +74,12 @@ def settings(course, trials, epochs=5):
     outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     return outside | {
         "MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "TRAIN_SAMPLES": "2", "EVAL_SAMPLES": "2",
-        "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "1", "NUM_SAMPLES": str(trials), "NUM_EPOCHS": str(epochs), "SEED": "42",
-        "LR_LOWER": "1e-5", "LR_UPPER": "1e-1",
+        "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "1", "NUM_SAMPLES": str(trials), "NUM_EPOCHS": str(epochs),
+        "SEED": "42", "LR_LOWER": "1e-5", "LR_UPPER": "1e-1",
     }  # fmt: skip
+
+
+KINDS = {"gcs": "gcs_server", "dashboard": r"dashboard/dashboard\.py|ray-dashboard", "raylet": "raylet/raylet|agent"}
 
 
 def look_at(job):
@@ -95,8 +99,7 @@ def look_at(job):
         if "raytune_asha_hpo.py --run-dir" in command:
             found["driver"], found["driver_cpu"] = memory, (int(stat[11]) + int(stat[12])) / tick
         else:
-            kinds = {"gcs": "gcs_server", "dashboard": r"dashboard/dashboard\.py|ray-dashboard", "raylet": "raylet/raylet|agent"}
-            found[next((kind for kind, words in kinds.items() if re.search(words, command)), "others")] += memory
+            found[next((kind for kind, words in KINDS.items() if re.search(words, command)), "others")] += memory
     return found
 
 
@@ -105,11 +108,12 @@ class ARun:
 
     def __init__(self, course, environ, every=1.0):
         self.course, self.lines, self.looks = course, [], []
-        self.process = subprocess.Popen(["bash", HEAD], cwd=course, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(["bash", HEAD], cwd=course, env=environ, text=True, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT)  # fmt: skip
         atexit.register(self.process.terminate)  # nothing, once it has ended
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
-        self.job = wait_for(lambda: next((m[1] for _, line in self.lines if (m := re.search(r"JOB (\S+) START", line))), None), 30, "START")
+        self.job = wait_for(lambda: re.search(r"JOB (\S+) START", self.log()), 30, "START")[1]
         threading.Thread(target=self.look, args=[every], daemon=True).start()
 
     def read(self):
@@ -128,7 +132,8 @@ class ARun:
 
     def ends(self):
         """When each trial ended."""
-        return [at for at, line in list(self.lines) if "search | TorchTrainer_" in line and any(end in line for end in ENDS)]
+        ended = lambda line: "search | TorchTrainer_" in line and any(end in line for end in ENDS)
+        return [at for at, line in list(self.lines) if ended(line)]
 
     def in_flight(self):
         running = set()
@@ -164,7 +169,8 @@ def many_trials(folder, trials, minutes, at_once):
     status = run.end() if cut else run.process.wait()
     ends, done = run.ends(), len(run.ends())
     if not (cut or status == 0) or done < 10:
-        raise SystemExit(f"ERROR: {trials} trials ended with exit status {status} after {done}; the log's end:\n{run.log()[-2000:]}")
+        told = f"{trials} trials ended with exit status {status} after {done}; the log's end:\n{run.log()[-2000:]}"
+        raise SystemExit(f"ERROR: {told}")
     fifth = done // 5
     first = next(look for n, look in run.looks if n >= min(fifth, 10))  # all imports are done
     last = next(look for n, look in reversed(run.looks) if n < trials)
@@ -172,7 +178,8 @@ def many_trials(folder, trials, minutes, at_once):
     half = min(run.looks, key=lambda seen: abs(seen[0] - done / 2))
     log = course / f"logs/ray_head_bloom_5epochs-{run.job}.out"
     before = time.monotonic()
-    subprocess.run([sys.executable, REPO / "scripts/raytune_hpo/fill_tables.py", log], check=True, stdout=subprocess.DEVNULL)
+    fill_tables = [sys.executable, REPO / "scripts/raytune_hpo/fill_tables.py", log]
+    subprocess.run(fill_tables, check=True, stdout=subprocess.DEVNULL)
     tables = time.monotonic() - before
     files, megabytes = size_of(run.folder() / "tune")
     figures = {
@@ -185,8 +192,9 @@ def many_trials(folder, trials, minutes, at_once):
     }
     for kind in ("driver", "gcs", "dashboard", "raylet"):
         figures[f"{kind} MB, first -> last"] = f"{first[kind]:.0f} -> {last[kind]:.0f}"
-    figures["processes of the head, first -> last (most)"] = f"{first['processes']} -> {last['processes']} ({max(look['processes'] for _, look in run.looks)})"
+    most = max(look["processes"] for _, look in run.looks)
     return figures | {
+        "processes of the head, first -> last (most)": f"{first['processes']} -> {last['processes']} ({most})",
         "lines of the log": len(run.lines), "kB of the log": log.stat().st_size / 1e3,
         "files in runs/<job>/tune": files, "MB in runs/<job>/tune": megabytes, "fill_tables on the log, s": tables,
     }  # fmt: skip
@@ -199,7 +207,7 @@ trap 'end_owned; exit' EXIT TERM
 choose_python
 prepare_ray
 start_ray --address="$(<"$RUN_DIR/address")" --num-cpus=1 --num-gpus=0 --resources='{"trial_slot": 1}'
-wait_until 240 "Ray to join" ray_started >&2                   # the line that it writes after 10 s is not for the other end
+wait_until 240 "Ray to join" ray_started >&2                   # its line after 10 s is not for the other end
 echo joined
 while kill -0 "$RAY" 2>/dev/null && read -r -t 1 _ || (($? > 128)); do :; done     # until the other end is closed
 '''
@@ -214,8 +222,10 @@ def many_nodes(folder, steps):
         for wanted in [*steps, *reversed([0, *steps[:-1]])]:
             began, change = time.monotonic(), wanted - len(workers)
             for _ in range(change):
-                command = ["bash", "-c", WORKER, "worker", f"{run.job}-w{len(workers)}", run.folder(), course.parents[3]]
-                workers.append(subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
+                job = f"{run.job}-w{len(workers)}"
+                command = ["bash", "-c", WORKER, "worker", job, run.folder(), course.parents[3]]
+                ends = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+                workers.append(subprocess.Popen(command, text=True, **ends))
             for worker in workers[wanted - change :] if change > 0 else []:
                 assert worker.stdout.readline() == "joined\n", "a worker did not join"
             for worker in workers[wanted:]:
@@ -224,9 +234,11 @@ def many_nodes(folder, steps):
                 worker.wait(120)
             del workers[wanted:]
             moved = time.monotonic() - began
-            wait_for(lambda n=wanted: run.in_flight() == n, 240, f"{wanted} trials in flight, not {run.in_flight()}; log:\n{run.log()[-3000:]}")
+            told = f"{wanted} trials in flight, not {run.in_flight()}; log:\n{run.log()[-3000:]}"
+            wait_for(lambda n=wanted: run.in_flight() == n, 240, told)
             followed, seen = time.monotonic() - began, look_at(run.job)
-            yield [wanted, f"{change:+d}", moved, followed, *(round(seen[kind]) for kind in ("driver", "gcs", "dashboard", "raylet")), seen["processes"]]
+            memory = [round(seen[kind]) for kind in ("driver", "gcs", "dashboard", "raylet")]
+            yield [wanted, f"{change:+d}", moved, followed, *memory, seen["processes"]]
     finally:
         run.end()
         for worker in workers:
@@ -241,11 +253,12 @@ def show(value):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, nargs="+", default=[12, 100, 1000], help="default 12 100 1000; one run for each")
-    parser.add_argument("--minutes", type=float, default=30, help="a run is cut short after so many minutes (default 30)")
-    parser.add_argument("--at-once", type=int, default=2, help="trials at once (default 2)")
-    parser.add_argument("--nodes", type=int, nargs="+", help="numbers of worker nodes, increasing; instead of --trials")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep logs and run folders here")
+    option = parser.add_argument
+    option("--trials", type=int, nargs="+", default=[12, 100, 1000], help="default 12 100 1000; one run for each")
+    option("--minutes", type=float, default=30, help="a run is cut short after so many minutes (default 30)")
+    option("--at-once", type=int, default=2, help="trials at once (default 2)")
+    option("--nodes", type=int, nargs="+", help="numbers of worker nodes, increasing; instead of --trials")
+    option("--keep", type=Path, metavar="DIR", help="keep logs and run folders here")
     a = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what it has started
     if min(a.trials) < 12 or a.at_once < 1 or (a.nodes and (a.nodes != sorted(set(a.nodes)) or a.nodes[0] < 1)):
@@ -253,8 +266,8 @@ def main():
     folder = Path(tempfile.mkdtemp(prefix="scale.", dir=a.keep or "/tmp"))
     try:
         if a.nodes:
-            print("| nodes | change | s to join or leave | s until as many trials run | driver MB | gcs MB | dashboard MB | raylet MB | processes of the head |")
-            print("|---|---|---|---|---|---|---|---|---|")
+            print("| nodes | change | s to join or leave | s until as many trials run | driver MB | gcs MB "
+                  "| dashboard MB | raylet MB | processes of the head |\n|---|---|---|---|---|---|---|---|---|")
             for row in many_nodes(folder / "nodes", a.nodes):
                 print("| " + " | ".join(map(show, row)) + " |", flush=True)
         else:
@@ -262,7 +275,8 @@ def main():
             print("| trials | " + " | ".join(map(str, a.trials)) + " |\n|---|" + "---|" * len(columns))
             for name in columns[0]:
                 print(f"| {name} | " + " | ".join(show(column[name]) for column in columns) + " |")
-        print(f"\n{a.at_once if not a.nodes else 'as many as nodes'} at once, seed 42, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}")
+        at_once = "as many as nodes" if a.nodes else a.at_once
+        print(f"\n{at_once} at once, seed 42, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}")
     finally:
         if not a.keep:
             shutil.rmtree(folder, ignore_errors=True)

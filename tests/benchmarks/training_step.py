@@ -5,9 +5,9 @@
     .venv/bin/python tests/benchmarks/training_step.py --runs 1    # about 2 minutes
 
 Both train with fine_tune of raytune_asha_hpo.py: the same samples in the same order, seed, optimizer and fp32. Each run
-of each is a torchrun of its own, so that its peak memory is its own. The model has BLOOM's 250,880 words and random
-weights: on CPU 6 layers of 256 (69 million parameters), on a GPU (--gpu) the 560M configuration in fp16. The tokenizer
-is learnt from the texts, SQuAD where it lies in ../shared/squad, else the demo's. Nothing else should run on the machine.
+is a torchrun of its own, so its peak memory is its own. The model has BLOOM's 250,880 words and random weights: on CPU
+6 layers of 256 (69 million parameters), on a GPU (--gpu) the 560M configuration in fp16. The tokenizer is learnt from
+the texts: SQuAD if it is in ../shared/squad, else the demo's. Nothing else should run on the machine.
 """
 
 import argparse
@@ -39,17 +39,19 @@ def make_model(hpo, folder, squad, shape):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=16384, special_tokens=["</s>", "<pad>"], initial_alphabet=letters, show_progress=False)
+    options = {"special_tokens": ["</s>", "<pad>"], "initial_alphabet": letters, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=16384, **options)
     bpe.train_from_iterator(sorted({text for row in rows for text in (row["context"], row["question"])}), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="<pad>")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(SEED)
-    ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    end = tokenizer.eos_token_id
+    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
     BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, **shape, **ends)).save_pretrained(folder)
 
 
 def matmul_flops(gpu):
-    """Floating-point operations a second of a large matrix product: fp16 on a GPU, else fp32 on this process's cores."""
+    """FLOP/s of a large matrix product: fp16 on a GPU, else fp32 on this process's cores."""
     import torch
 
     n, device, dtype = (8192, "cuda", torch.float16) if gpu else (2048, "cpu", torch.float32)
@@ -110,8 +112,9 @@ def child(variant, folder, samples, eval_samples, gpu):
             self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
             self.width = model.config.hidden_size
 
-    settings = {"MODEL_NAME": str(folder / "model"), "SQUAD_DATA": os.environ["SQUAD_DATA"], "TRAIN_SAMPLES": str(samples),
-                "EVAL_SAMPLES": str(eval_samples), "NUM_EPOCHS": "1", "GPUS_PER_WORKER": str(int(gpu)), "SEED": str(SEED)}
+    settings = {"MODEL_NAME": str(folder / "model"), "SQUAD_DATA": os.environ["SQUAD_DATA"], "NUM_EPOCHS": "1",
+                "TRAIN_SAMPLES": str(samples), "EVAL_SAMPLES": str(eval_samples), "GPUS_PER_WORKER": str(int(gpu)),
+                "SEED": str(SEED)}  # fmt: skip
     settings = hpo.read_settings(settings)
     measure = Measure()
     hyperparameters = {"lr": 2e-5, "per_device_bs": BATCH, "wd": 0.01} | more
@@ -120,8 +123,8 @@ def child(variant, folder, samples, eval_samples, gpu):
     words = VOCABULARY * measure.width
     body = measure.parameters - words
     tokens, positions = (statistics.mean(column) for column in zip(*computed[1 : len(steps)], strict=True))
-    result = {"steps": steps[1:], "losses": losses, "eval": evaluations[0], "memory": memory, "tokens": tokens, "positions": positions,
-              "flops": 6 * (body * tokens + words * positions), "matmul": matmul_flops(gpu)}
+    result = {"steps": steps[1:], "losses": losses, "eval": evaluations[0], "memory": memory, "tokens": tokens,
+              "positions": positions, "flops": 6 * (body * tokens + words * positions), "matmul": matmul_flops(gpu)}
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
 
 
@@ -132,8 +135,9 @@ def run(variant, folder, a):
     if variant == "ours":  # as ray_job.sh sets it
         environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={a.workers}", __file__]
-    options = ["--child", variant, str(folder), "--samples", str(a.samples), "--eval-samples", str(a.eval_samples), *(["--gpu"] if a.gpu else [])]
-    done = subprocess.run(command + options, env=environ, text=True, check=False, capture_output=True)
+    command += ["--child", variant, str(folder), "--samples", str(a.samples), "--eval-samples", str(a.eval_samples)]
+    command += ["--gpu"] if a.gpu else []
+    done = subprocess.run(command, env=environ, text=True, check=False, capture_output=True)
     if done.returncode:
         raise SystemExit(f"ERROR: {variant} ended with exit status {done.returncode}\n{done.stderr[-3000:]}")
     first, *others = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(a.workers)]
@@ -147,7 +151,7 @@ def run(variant, folder, a):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3, help="runs of each, in turn (default 3)")
-    parser.add_argument("--samples", type=int, default=16, help="training questions of a run (default 16); a step takes 2 a worker")
+    parser.add_argument("--samples", type=int, default=16, help="training questions, 2 a worker and step (default 16)")
     parser.add_argument("--eval-samples", type=int, default=8, help="validation questions (default 8)")
     parser.add_argument("--workers", type=int, default=2, help="processes, as WORKERS_PER_TRIAL (default 2)")
     parser.add_argument("--gpu", action="store_true", help="the 560M configuration in fp16, one GPU a worker")
@@ -157,17 +161,20 @@ def main():
         child(a.child[0], Path(a.child[1]), a.samples, a.eval_samples, a.gpu)
         return
     if min(a.runs, a.eval_samples, a.workers) < 1 or a.samples < 2 * BATCH * a.workers:
-        parser.error(f"--samples {a.samples}: give at least {2 * BATCH * a.workers}, two steps; and --runs, --eval-samples and --workers at least 1")
+        least = f"give at least {2 * BATCH * a.workers}, two steps; and --runs, --eval-samples and --workers at least 1"
+        parser.error(f"--samples {a.samples}: {least}")
     import torch
 
     gpus = torch.cuda.device_count()
     if a.gpu and gpus < a.workers:
-        parser.error(f"--gpu: PyTorch sees {gpus} GPUs for {a.workers} workers; give --workers {max(gpus, 1)}, or leave --gpu out")
+        fix = f"give --workers {max(gpus, 1)}, or leave --gpu out"
+        parser.error(f"--gpu: PyTorch sees {gpus} GPUs for {a.workers} workers; {fix}")
     runs = {"recipe": [], "ours": []}
     with tempfile.TemporaryDirectory() as folder:
         folder, squad = Path(folder), REPO.parent / "shared/squad"
         if not squad.is_dir():
-            subprocess.run([sys.executable, REPO / "scripts/demo_assets.py", folder / "demo"], check=True, stdout=subprocess.DEVNULL)
+            make_demo = [sys.executable, REPO / "scripts/demo_assets.py", folder / "demo"]
+            subprocess.run(make_demo, check=True, stdout=subprocess.DEVNULL)
             squad = folder / "demo/squad"
         os.environ["SQUAD_DATA"] = str(squad)
         make_model(load_module(SCRIPT), folder / "model", squad, BLOOM_560M if a.gpu else SMALL)
@@ -175,7 +182,8 @@ def main():
             for variant, found in runs.items():
                 found.append(run(variant, folder, a))
 
-    print(f"\n{a.workers} worker(s), {'GPU, 560M, fp16' if a.gpu else f'{os.cpu_count()} cores, no GPU, 69M, fp32'}, {a.samples} samples, seed {SEED}, {a.runs} run(s)\n")
+    hardware = "GPU, 560M, fp16" if a.gpu else f"{os.cpu_count()} cores, no GPU, 69M, fp32"
+    print(f"\n{a.workers} worker(s), {hardware}, {a.samples} samples, seed {SEED}, {a.runs} run(s)\n")
     print("| | recipe | ours | ratio |\n|---|---|---|---|")
 
     def row(name, value, form):
