@@ -460,9 +460,10 @@ def test_memory_and_losses_over_many_trials_in_one_process(address, demo, tmp_pa
     slot = [trial["states"][0] for trial in trials[:51]]
     assert len({each["pid"] for each in slot}) == 1
     assert [each["engines"] for each in slot] == [int(words["stage"] > 0) for words in script[:51]]
-    for what, room in (("mb", 60), ("fds", 0), ("threads", 0), ("groups", 0)):
+    # Memory levels off after some 20 trials. An engine left behind by each (3 to 4 MB) would show, so would a file.
+    for what, room in (("mb", 20), ("fds", 2), ("threads", 2), ("groups", 0)):
         print(what, [round(each[what]) for each in slot])
-        assert max(each[what] for each in slot[40:]) <= max(each[what] for each in slot[8:16]) + room, what
+        assert max(each[what] for each in slot[41:]) <= max(each[what] for each in slot[21:31]) + room, what
     assert all(state["engines"] == 1 for trial, words in zip(trials, script, strict=True) for state in trial["states"] if words["stage"] == 3)
     print("turnover", [round(after["first"][0] - before["states"][-1]["time"], 2) for before, after in pairwise(trials)])
 
