@@ -1,9 +1,9 @@
 """Warm trials. Without this file every trial starts new processes, and a run takes several times as long.
 
-The W training processes of a slot live from trial to trial: what they have imported and their process group
-stay. Tune's `reuse_actors=True` hands a WarmTrial the next configuration; it hands it to its W processes, where
-`train_loop_per_worker` runs in a thread. A report waits there until Tune asks for the next one, so a stopped
-trial computes nothing more; an exception at that point unwinds it before the next one starts.
+The W training processes of a slot live from trial to trial, with what they have imported and their process
+group. Tune's `reuse_actors=True` hands a WarmTrial the next configuration, which it passes to its W processes,
+where `train_loop_per_worker` runs in a thread. A report waits there until Tune asks for the next one, so a
+stopped trial computes nothing more; an exception at that point unwinds it before the next one starts.
 
 After an error, a loss that is not finite or a training that leaves its model in memory (ZeRO-3) the processes
 are replaced: no later trial inherits them.
@@ -32,9 +32,8 @@ def improve(plan, trial_class=None):
     """Replaces the plan's trial by a warm one; raytune_pbt_hpo.py has a class of its own."""
     context = plan.context
     place = [{"trial_slot": 1}, *[context.worker] * context.s.WORKERS_PER_TRIAL]
-    plan.trainable = tune.with_resources(
-        tune.with_parameters(trial_class or WarmTrial, context=context), tune.PlacementGroupFactory(place, strategy="STRICT_PACK")
-    )
+    one_node = tune.PlacementGroupFactory(place, strategy="STRICT_PACK")
+    plan.trainable = tune.with_resources(tune.with_parameters(trial_class or WarmTrial, context=context), one_node)
     plan.tune_config.reuse_actors = True
     plan.run_config.checkpoint_config = tune.CheckpointConfig(checkpoint_at_end=False)
 
@@ -47,7 +46,7 @@ class WarmTrial(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config):
-        """Tune: the next trial. It starts at its first step, so that its errors are told as a trial's errors."""
+        """Tune: the next trial. It starts at its first step, so that its errors count as its own."""
         self.config, self.started, self.last = new_config, False, None
         return True
 
@@ -88,24 +87,24 @@ class WarmTrial(tune.Trainable):
             .options(
                 num_cpus=worker["CPU"],
                 num_gpus=worker.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=rank + 1),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(place, rank + 1),
             )
             .remote(rank, self.context.s.WORKERS_PER_TRIAL)
             for rank in range(self.context.s.WORKERS_PER_TRIAL)
         ]
 
     def of_all(self, method, *arguments):
-        """Calls a method of all W processes -> their answers, by rank. Raises what is to blame as soon as one fails."""
+        """Calls a method of all W processes -> their answers, by rank. Raises the cause if one fails."""
         calls = [getattr(process, method).remote(*arguments) for process in self.processes]
         try:
             return ray.get(calls)
         except Exception:
-            # If one process dies, the others may fail first, for want of it. If the whole node is lost, so is this
-            # process: to wait leaves it no time to blame the trial, and run_state.py starts the trial again.
+            # When one process dies, the others may fail before Ray notices. When the whole node is lost, so is
+            # this process: it must not blame the trial, which run_state.py then starts again.
             time.sleep(GRACE_SECONDS)
             for rank, call in enumerate(calls):
                 if isinstance(error := failure(call), RayActorError):
-                    raise RuntimeError(f"training worker {rank} died; out of memory?") from error
+                    raise RuntimeError(f"training worker {rank} died; out of memory?") from error  # noqa: TRY004
             raise
 
     def cleanup(self):
@@ -128,7 +127,7 @@ class Stopped(BaseException):
 
 
 class TrainingProcess:
-    """One of the W processes: an actor. It sees its own GPU alone: device 0, whatever its number on the node."""
+    """One of the W processes, as an actor. It sees only its own GPU, as device 0."""
 
     def __init__(self, rank, number):
         # LOCAL_RANK is where accelerate and DeepSpeed take the number of the GPU from.
@@ -149,7 +148,9 @@ class TrainingProcess:
         if self.rank > 0:
             return None
         # All W are on one node. The system chooses the port, so it is free.
-        self.store = TCPStore("127.0.0.1", 0, self.number, is_master=True, timeout=seconds(JOIN_SECONDS), wait_for_workers=False)
+        self.store = TCPStore(
+            "127.0.0.1", 0, self.number, is_master=True, timeout=seconds(JOIN_SECONDS), wait_for_workers=False
+        )
         return self.store.host, self.store.port
 
     def join(self, address):
@@ -163,7 +164,8 @@ class TrainingProcess:
         distributed.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.number)
 
     def start(self, train_loop, config):
-        self.reports, self.go_on, self.stopped, self.waits = queue.Queue(), threading.Semaphore(0), False, False
+        self.reports, self.go_on = queue.Queue(), threading.Semaphore(0)
+        self.stopped = self.waits = False
         self.environment = dict(os.environ)
 
         def report(metrics):
@@ -209,7 +211,7 @@ class TrainingProcess:
         import deepspeed
         import torch
 
-        # ZeRO-3 of DeepSpeed 0.19.8 never lets go of its model, and computes linear layers in another way from then on.
+        # ZeRO-3 of DeepSpeed 0.19.8 never frees its model, and leaves another nn.functional.linear behind.
         if any(type(thing) is deepspeed.DeepSpeedEngine for thing in gc.get_objects()):
             raise RuntimeError("the previous trial's model is still in memory")
         if torch.cuda.is_initialized():

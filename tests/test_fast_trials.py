@@ -1,0 +1,523 @@
+"""Warm trials: what lives on in a slot's processes must not be seen in any loss, and no fault may outlive its trial.
+
+Most runs here train nothing and join nothing (Light), so that their processes start in a second.
+"""
+
+import contextlib
+import gc
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import psutil
+import pytest
+from conftest import SCRIPT, wait_for
+
+sys.path.insert(0, str(SCRIPT.parent))
+ROOT = f"/tmp/ray_warm_{os.getpid()}"
+MARK = f"WARM_TEST={os.getpid()}"
+ENVIRON = os.environ | {
+    "RAY_AUTH_MODE": "disabled",
+    "WARM_TEST": str(os.getpid()),
+    "PYTHONPATH": f"{SCRIPT.parent}:{Path(__file__).parent}",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Memory goes back to the system, so that what a process holds can be compared.
+    "MALLOC_TRIM_THRESHOLD_": "0",
+}
+
+
+def marked(mark=MARK):
+    """Command lines of the processes of this file's Rays and drivers, by pid."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            alive = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+            if alive and mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found[int(folder.name)] = command
+    found.pop(os.getpid(), None)
+    return found
+
+
+def of_trials(mark=MARK):
+    """The processes of trials, by pid: actors (which lose their environment to their title), so children of a raylet."""
+    raylets = {pid for pid, command in marked(mark).items() if "/raylet/raylet " in command}
+    actors = {}
+    for process in psutil.process_iter(["ppid", "cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if process.info["ppid"] in raylets and command.startswith(("ray::TrainingProcess", "ray::ResourceTrainable")):
+            actors[process.pid] = command
+    return actors
+
+
+def start_ray(*options, log, **variables):
+    with open(log, "w") as output:
+        return subprocess.Popen(
+            [Path(sys.executable).parent / "ray", "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *options],
+            env=ENVIRON | variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        )
+
+
+def end_of(process):
+    """Ends a Ray by its process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def address():
+    """A private Ray with room for one trial at a time."""
+    head = start_ray(
+        "--head", "--port=0", "--dashboard-port=0", "--num-cpus=4", '--resources={"trial_slot": 1}', f"--temp-dir={ROOT}", log=f"{ROOT}.log"
+    )
+    try:
+        yield wait_for(lambda: (file := Path(ROOT, "ray_current_cluster")).exists() and file.read_text().strip(), 60, "Ray")
+    finally:
+        end_of(head)
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: not marked(), 10, "Ray to end")
+        for pid in (left := marked()):
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(ROOT, ignore_errors=True)
+        os.unlink(f"{ROOT}.log")
+        assert not left
+
+
+def driver_of(address, folder, script, **settings):
+    """This file as the driver of a search."""
+    with open(folder / "log.txt", "w") as log:
+        return subprocess.Popen(
+            [sys.executable, __file__, address, folder, json.dumps(script), json.dumps(settings)], env=ENVIRON, stdout=log, stderr=log
+        )
+
+
+def ended(driver, folder):
+    """Waits for a driver. -> a dict for each trial, in order"""
+    try:
+        status = driver.wait(900)
+    finally:
+        driver.kill()
+    assert status == 0, (folder / "log.txt").read_text()[-4000:]
+    try:
+        wait_for(lambda: not of_trials(), 20, "the run's processes to end")
+    except AssertionError:
+        raise AssertionError(of_trials()) from None
+    return json.loads((folder / "trials.json").read_text())
+
+
+def run(address, folder, script, **settings):
+    return ended(driver_of(address, folder, script, **settings), folder)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# In the driver
+# ----------------------------------------------------------------------------------------------------------
+def drive(address, folder, script, *, w=1, light=True, kept=False, epochs=2, demo=None):
+    """The script's trials one after another: Tune, fast_trials and, if asked for, run_state."""
+    import fast_trials
+    import ray
+    import raytune_asha_hpo as hpo
+    from ray import tune
+
+    environ = {"NUM_EPOCHS": str(epochs), "TRAIN_SAMPLES": "8", "EVAL_SAMPLES": "4", "WORKERS_PER_TRIAL": str(w), "CPUS_PER_WORKER": "1"}
+    s = hpo.read_settings(environ | {"NUM_SAMPLES": str(len(script)), "MODEL_NAME": f"{demo}/model", "SQUAD_DATA": f"{demo}/squad"})
+    rows = [] if light else hpo.load_squad(s)
+    ray.init(address, log_to_driver=False, runtime_env={"env_vars": {"RAY_ADDRESS": address}})
+    folder.mkdir(exist_ok=True)
+    plan = SimpleNamespace(
+        make_tuner=tune.Tuner,
+        param_space={"train_loop_config": tune.grid_search(script)},
+        tune_config=tune.TuneConfig(trial_dirname_creator=lambda trial: trial.trial_id),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(folder),
+            stop=lambda trial_id, result: not math.isfinite(result["eval_loss"]) or result["epoch"] >= result["until"],
+            callbacks=[],
+            verbose=0,
+        ),
+        context=SimpleNamespace(s=s, run_dir=folder, data=ray.put(rows), train_loop=pretend if light else train, worker={"CPU": 1}),
+    )
+    original, fast_trials.WarmTrial = fast_trials.WarmTrial, hurt_trial(light)
+    fast_trials.improve(plan)
+    fast_trials.WarmTrial = original
+    if kept:
+        import run_state
+
+        run_state.improve(plan)
+    class Times(tune.Callback):
+        def on_trial_start(self, trial, **info):
+            begun[trial.trial_id] = time.time()
+
+        def on_trial_error(self, trial, **info):
+            ended[trial.trial_id] = time.time()
+
+        on_trial_complete = on_trial_error
+
+        def on_trial_recover(self, trial, **info):
+            lost.append(trial.trial_id)
+
+    begun, ended, lost = {}, {}, []
+    plan.run_config.callbacks.append(Times())
+    tuner = plan.make_tuner(plan.trainable, param_space=plan.param_space, tune_config=plan.tune_config, run_config=plan.run_config)
+    trials = []
+    for result in tuner.fit():
+        name = Path(result.path).name
+        saved = Path(result.path, "result.json")
+        rows = [json.loads(line) for line in saved.read_text().splitlines()] if saved.exists() else []
+        trials.append(
+            {
+                "losses": [row["eval_loss"] for row in rows],
+                "states": [row["process"] for row in rows],
+                "first": [row.get("first") for row in rows],
+                "trial": [row["trial"] for row in rows],
+                "error": Path(result.path, "error.txt").read_text() if result.error else None,
+                "seconds": ended[name] - begun[name],
+                "lost": lost.count(name),
+            }
+        )
+    (folder / "trials.json").write_text(json.dumps(trials))
+
+
+def hurt_trial(light):
+    """WarmTrial with processes that can be hurt while they start, as the trial's configuration says."""
+    import fast_trials
+
+    class Light(fast_trials.TrainingProcess):
+        """Joins its group, but imports nothing that only training needs."""
+
+        def prepare(self):
+            sys.modules["deepspeed"], sys.modules["transformers"] = ModuleType("deepspeed"), ModuleType("transformers")
+            sys.modules["transformers"].Trainer, sys.modules["deepspeed"].DeepSpeedEngine = None, ModuleType
+            return super().prepare()
+
+    base = Light if light else fast_trials.TrainingProcess
+    base.__name__ = "TrainingProcess"
+
+    def hurt(fault):
+        class Hurt(base):
+            pass
+
+        def method(name):
+            def run(self, *arguments):
+                if self.rank == fault.get("rank", 0):
+                    if fault["how"] == "exit":
+                        os._exit(1)
+                    raise ImportError(f"made to fail in {name}")
+                return getattr(super(Hurt, self), name)(*arguments)
+
+            return run
+
+        setattr(Hurt, fault["at"], method(fault["at"]))
+        Hurt.__name__ = "TrainingProcess"
+        return Hurt
+
+    class HurtTrial(fast_trials.WarmTrial):
+        def new_processes(self):
+            fault = self.config["train_loop_config"].get("start")
+            fast_trials.TrainingProcess = hurt(fault) if fault else base
+            if light:
+                fast_trials.GRACE_SECONDS = 0.5
+            return super().new_processes()
+
+        def step(self):
+            begin = time.time()
+            report = super().step()
+            if "process" in report:
+                report["trial"] = {"pid": os.getpid(), "torch": "torch" in sys.modules, "seconds": time.time() - begin}
+            return report
+
+    return HurtTrial
+
+
+def fail(how, flag=None):
+    """What can go wrong in a training."""
+    if how == "value":
+        raise ValueError("made to fail")
+    if how == "memory":
+        raise MemoryError("made to run out")
+    if how == "torch":
+        import torch
+
+        torch.empty(1 << 55)
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "exit":
+        sys.exit("made to leave")
+    if how == "pickle":
+
+        class Unpicklable(Exception):
+            def __init__(self, one, two):
+                super().__init__(one)
+                self.lock = threading.Lock()
+
+        raise Unpicklable("made to stay", 2)
+    while how == "hold" and not Path(flag).exists():
+        time.sleep(0.1)
+
+
+def prepared(config):
+    """The script's words out of a configuration, and a report that does as they say."""
+    rank = int(os.environ["RANK"])
+    fault = config.pop("fault", {})
+    until, words = config.pop("until", config["settings"].NUM_EPOCHS), {name: config.pop(name, None) for name in ("start", "stage", "unwind")}
+    report = config["report"]
+
+    def new_report(metrics):
+        if fault and rank == fault.get("rank", 0) and metrics["epoch"] == fault.get("epoch", 1):
+            if fault["how"] == "nan":
+                metrics["eval_loss"] = math.nan
+            else:
+                fail(**{name: fault[name] for name in fault if name in ("how", "flag")})
+        report(metrics | {"until": until, "process": state()})
+
+    return words, new_report
+
+
+def state():
+    """What a process holds."""
+    me, torch = psutil.Process(), sys.modules.get("torch")
+    found = {"pid": os.getpid(), "mb": me.memory_info().rss / 1e6, "fds": me.num_fds(), "threads": me.num_threads(), "time": time.time()}
+    if torch and "deepspeed.runtime.engine" in sys.modules:
+        from deepspeed.runtime.engine import DeepSpeedEngine
+
+        found["engines"] = sum(isinstance(thing, DeepSpeedEngine) for thing in gc.get_objects())
+        found["groups"] = len(torch.distributed.distributed_c10d._world.pg_map)
+    return found
+
+
+def pretend(config):
+    """A training that trains nothing, but asks the other ranks at each epoch. Its loss tells the draw and the epoch."""
+    import torch
+
+    words, report = prepared(config)
+    try:
+        for epoch in range(1, config.get("num_train_epochs", config["settings"].NUM_EPOCHS) + 1):
+            torch.distributed.all_reduce(torch.ones(1))
+            report({"eval_loss": config["lr"] + 1 / epoch, "epoch": float(epoch)})
+    finally:
+        if words["unwind"]:
+            fail(words["unwind"])
+
+
+def train(config):
+    """The lesson's training with ZeRO at the script's stage (0: without DeepSpeed)."""
+    import raytune_asha_hpo as hpo
+    from transformers import Trainer
+
+    if not hasattr(hpo, "original"):
+        hpo.original = hpo.DS_CONFIG
+        step = Trainer.training_step
+
+        def timed(*arguments, **names):
+            hpo.first = hpo.first or time.time()
+            return step(*arguments, **names)
+
+        Trainer.training_step = timed
+    hpo.first = 0
+    words, report = prepared(config)
+    hpo.DS_CONFIG = hpo.original if words["stage"] else None
+    if words["stage"] == 3:
+        config["deepspeed"] = json.loads(hpo.original.read_text())
+        config["deepspeed"]["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    hpo.train_loop_per_worker(config | {"report": lambda metrics: report(metrics | {"first": hpo.first})})
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tests
+# ----------------------------------------------------------------------------------------------------------
+
+def pids(trial):
+    return {state["pid"] for state in trial["states"]}
+
+
+@pytest.fixture(scope="module")
+def faults(address, tmp_path_factory):
+    """A run of trials that fail, each in its own way, between others that do not. -> [(what, trial)]"""
+    script = {
+        "good": {},
+        "stopped": {"until": 1},
+        "value": {"fault": {"how": "value", "rank": 1, "epoch": 2}},
+        "nan": {"fault": {"how": "nan", "epoch": 2}},
+        "memory": {"fault": {"how": "memory", "rank": 1, "epoch": 2}},
+        "torch": {"fault": {"how": "torch", "epoch": 2}},
+        "kill 1": {"fault": {"how": "kill", "rank": 1, "epoch": 2}},
+        "kill 0": {"fault": {"how": "kill", "epoch": 2}},
+        "exit": {"fault": {"how": "exit", "rank": 1, "epoch": 2}},
+        "pickle": {"fault": {"how": "pickle", "rank": 1, "epoch": 2}},
+        "dies as it starts": {"start": {"at": "__init__", "how": "exit", "rank": 0}},
+        "dies as it imports": {"start": {"at": "prepare", "how": "exit", "rank": 1}},
+        "cannot import": {"start": {"at": "prepare", "how": "raise", "rank": 1}},
+        "dies as it joins 0": {"start": {"at": "join", "how": "exit", "rank": 0}},
+        "dies as it joins 1": {"start": {"at": "join", "how": "exit", "rank": 1}},
+        "fewer epochs": {"num_train_epochs": 1},
+        "unwinds badly": {"until": 1, "unwind": "value"},
+        "dies unwinding": {"until": 1, "unwind": "kill"},
+        "no report": {"num_train_epochs": 0},
+        "last": {},
+    }
+    trials = run(address, tmp_path_factory.mktemp("faults"), [{"lr": float(i)} | words for i, words in enumerate(script.values())], w=2)
+    return dict(zip(script, trials, strict=True))
+
+
+CAUSES = {
+    "value": "ValueError: made to fail",
+    "memory": "MemoryError: made to run out",
+    "torch": "you tried to allocate 144115188075855872 bytes",
+    "kill 1": "RuntimeError: training worker 1 died",
+    "kill 0": "RuntimeError: training worker 0 died",
+    "exit": "SystemExit('made to leave')",
+    "pickle": "Unpicklable: made to stay",
+    "dies as it starts": "RuntimeError: training worker 0 died",
+    "dies as it imports": "RuntimeError: training worker 1 died",
+    "cannot import": "ImportError: made to fail in prepare",
+    "dies as it joins 0": "RuntimeError: training worker 0 died",
+    "dies as it joins 1": "RuntimeError: training worker 1 died",
+    "no report": "RuntimeError: the training ended without a report",
+}
+
+
+def test_each_failed_trial_tells_its_own_cause_and_no_other_trial_fails(faults):
+    assert {what for what, trial in faults.items() if trial["error"]} == set(CAUSES)
+    for what, cause in CAUSES.items():
+        assert cause in faults[what]["error"].strip().splitlines()[-1], (what, faults[what]["error"])
+
+
+def test_no_trial_hangs(faults):
+    assert all(trial["seconds"] < 60 for trial in faults.values()), {what: trial["seconds"] for what, trial in faults.items()}
+
+
+def test_losses_are_those_of_the_draw_whatever_went_before(faults):
+    for number, (what, trial) in enumerate(faults.items()):
+        full = [number + 1.0, number + 0.5]
+        if what in ("good", "last"):
+            assert trial["losses"] == full
+        elif what == "nan":
+            assert trial["losses"][0] == full[0] and math.isnan(trial["losses"][1])
+        elif faults[what]["states"]:
+            assert trial["losses"] == full[:1], what
+        else:
+            assert what.startswith(("dies as it", "cannot", "no report")), what
+
+
+def test_processes_are_kept_after_a_good_trial_and_replaced_after_a_bad_one(faults):
+    assert pids(faults["good"]) == pids(faults["stopped"]) == pids(faults["value"])
+    slots = [pids(faults[what]) for what in ("value", "nan", "memory", "torch", "kill 1", "kill 0", "exit", "pickle", "fewer epochs")]
+    assert len(set.union(*slots)) == sum(map(len, slots)) == len(slots)
+    assert pids(faults["fewer epochs"]) == pids(faults["unwinds badly"])
+    assert len({*pids(faults["unwinds badly"]), *pids(faults["dies unwinding"]), *pids(faults["last"])}) == 3
+
+
+def test_a_trial_of_fewer_epochs_reports_each_once(faults):
+    assert len(faults["fewer epochs"]["states"]) == 1
+
+
+def test_the_trials_own_process_does_without_torch(faults):
+    assert not any(row["torch"] for trial in faults.values() for row in trial["trial"])
+
+
+A = {"lr": 1e-3, "per_device_bs": 2, "wd": 0.0, "stage": 2}
+B = {"lr": 2e-3, "per_device_bs": 1, "wd": 0.1, "stage": 3}
+C = {"lr": 3e-3, "per_device_bs": 2, "wd": 0.1, "stage": 0}
+NAN = {"fault": {"how": "nan", "epoch": 2}}
+
+
+def same_losses(script, trials):
+    """Each configuration's losses, which must be one list: that of its trials that had new processes included."""
+    for config in (A, B, C):
+        losses = [trial["losses"] for words, trial in zip(script, trials, strict=True) if config.items() <= words.items()]
+        full = max(losses, key=len)
+        assert len(full) == 2 and len(set(full)) == 2
+        for each in losses:
+            assert [loss for loss in each if not math.isnan(loss)] == full[: len(each) - any(map(math.isnan, each))]
+    new = [i == 0 or pids(trial) != pids(trials[i - 1]) for i, trial in enumerate(trials)]
+    for config in (A, B, C):
+        assert {is_new for is_new, words in zip(new, script, strict=True) if config.items() <= words.items()} == {True, False}
+
+
+def test_memory_and_losses_over_many_trials_in_one_process(address, demo, tmp_path):
+    stop = {"until": 1}
+    script = [A, C, *[A | stop, C | stop, A, C] * 12, A, B, A, B | stop, C | NAN, B]
+    trials = run(address, tmp_path, script, light=False, demo=str(demo))
+    assert not any(trial["error"] for trial in trials)
+    same_losses(script, trials)
+
+    slot = [trial["states"][0] for trial in trials[:51]]
+    assert len({each["pid"] for each in slot}) == 1
+    assert [each["engines"] for each in slot] == [int(words["stage"] > 0) for words in script[:51]]
+    # Memory levels off after some 20 trials. An engine left behind by each (3 to 4 MB) would show, so would a file.
+    for what, room in (("mb", 20), ("fds", 2), ("threads", 2), ("groups", 0)):
+        print(what, [round(each[what]) for each in slot])
+        assert max(each[what] for each in slot[41:]) <= max(each[what] for each in slot[21:31]) + room, what
+    assert all(state["engines"] == 1 for trial, words in zip(trials, script, strict=True) for state in trial["states"] if words["stage"] == 3)
+    print("turnover", [round(after["first"][0] - before["states"][-1]["time"], 2) for before, after in pairwise(trials)])
+
+
+def test_losses_of_two_processes_and_a_kill_in_mid_training(address, demo, tmp_path):
+    script = [A, C | {"until": 1}, C, A, B, C, A | {"fault": {"how": "kill", "rank": 1, "epoch": 2}}, B]
+    trials = run(address, tmp_path, script, light=False, w=2, demo=str(demo))
+    same_losses(script, trials)
+    assert [bool(trial["error"]) for trial in trials] == [number == 6 for number in range(8)]
+    assert "training worker 1 died" in trials[6]["error"].strip().splitlines()[-1]
+
+
+def test_no_process_outlives_a_driver_that_is_killed(address, tmp_path):
+    driver = driver_of(address, tmp_path, [{"lr": 1.0, "fault": {"how": "hold", "flag": str(tmp_path / "never")}}], w=2)
+    try:
+        # Rank 0 holds in its report; rank 1 has handed over its own.
+        wait_for(lambda: len(found := of_trials()) == 3 and any("next_report" in command for command in found.values()), 180, "both processes to train")
+    finally:
+        driver.kill()
+        driver.wait()
+    wait_for(lambda: not of_trials(), 20, "the processes to end with their driver")
+
+
+@pytest.mark.parametrize("how", ["KILL its raylet", "TERM all"])
+def test_a_trial_whose_node_is_lost_starts_again_on_another(address, tmp_path, how):
+    """Two trials hold, one on each node; one node is lost, then they may go on."""
+    flag, root = tmp_path / "go on", f"{ROOT}b"
+    node = start_ray(f"--address={address}", "--num-cpus=2", '--resources={"trial_slot": 1}', f"--temp-dir={root}", log=f"{root}.log", WARM_NODE=root)
+    driver, mark = None, f"WARM_NODE={root}"
+    try:
+        wait_for(lambda: "Ray runtime started" in Path(f"{root}.log").read_text(), 90, "the node")
+        driver = driver_of(address, tmp_path, [{"lr": float(i), "fault": {"how": "hold", "flag": str(flag)}} for i in range(2)], kept=True)
+        wait_for(lambda: sum("next_report" in command for command in of_trials().values()) == 2, 180, "both trials to train")
+        assert sum("next_report" in command for command in of_trials(mark).values()) == 1
+        there = of_trials(mark)
+        for pid, command in (marked(mark) | there).items():
+            if how == "TERM all" or "/raylet/raylet " in command:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM if how == "TERM all" else signal.SIGKILL)
+        wait_for(lambda: not any(map(psutil.pid_exists, there)), 30, "the lost node's trial to end")
+        flag.touch()
+        trials = ended(driver, tmp_path)
+    finally:
+        if driver:
+            driver.kill()
+        end_of(node)
+        for pid in marked(mark):
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(root, ignore_errors=True)
+        os.unlink(f"{root}.log")
+    assert [trial["error"] for trial in trials] == [None, None]
+    assert sorted(trial["lost"] for trial in trials) == [0, 1]
+    assert all(trial["losses"][-2:] == [i + 1.0, i + 0.5] for i, trial in enumerate(trials))
+
+
+if __name__ == "__main__":
+    drive(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), **json.loads(sys.argv[4]))
