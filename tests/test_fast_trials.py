@@ -51,7 +51,7 @@ def marked(mark=MARK):
 
 
 def of_trials(mark=MARK):
-    """The processes of trials, by pid: actors (which lose their environment to their title), so children of a raylet."""
+    """The processes of trials, by pid: actors (their titles overwrite their environment), so children of a raylet."""
     raylets = {pid for pid, command in marked(mark).items() if "/raylet/raylet " in command}
     actors = {}
     for process in psutil.process_iter(["ppid", "cmdline"]):
@@ -64,8 +64,18 @@ def of_trials(mark=MARK):
 def start_ray(*options, log, **variables):
     with open(log, "w") as output:
         return subprocess.Popen(
-            [Path(sys.executable).parent / "ray", "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *options],
-            env=ENVIRON | variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            [
+                Path(sys.executable).parent / "ray",
+                "start",
+                "--block",
+                "--disable-usage-stats",
+                "--node-ip-address=127.0.0.1",
+                *options,
+            ],
+            env=ENVIRON | variables,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
 
@@ -84,10 +94,18 @@ def end_of(process):
 def address():
     """A private Ray with room for one trial at a time."""
     head = start_ray(
-        "--head", "--port=0", "--dashboard-port=0", "--num-cpus=4", '--resources={"trial_slot": 1}', f"--temp-dir={ROOT}", log=f"{ROOT}.log"
+        "--head",
+        "--port=0",
+        "--dashboard-port=0",
+        "--num-cpus=4",
+        '--resources={"trial_slot": 1}',
+        f"--temp-dir={ROOT}",
+        log=f"{ROOT}.log",
     )
     try:
-        yield wait_for(lambda: (file := Path(ROOT, "ray_current_cluster")).exists() and file.read_text().strip(), 60, "Ray")
+        yield wait_for(
+            lambda: (file := Path(ROOT, "ray_current_cluster")).exists() and file.read_text().strip(), 60, "Ray"
+        )
     finally:
         end_of(head)
         with contextlib.suppress(AssertionError):
@@ -103,7 +121,10 @@ def driver_of(address, folder, script, **settings):
     """This file as the driver of a search."""
     with open(folder / "log.txt", "w") as log:
         return subprocess.Popen(
-            [sys.executable, __file__, address, folder, json.dumps(script), json.dumps(settings)], env=ENVIRON, stdout=log, stderr=log
+            [sys.executable, __file__, address, folder, json.dumps(script), json.dumps(settings)],
+            env=ENVIRON,
+            stdout=log,
+            stderr=log,
         )
 
 
@@ -135,8 +156,16 @@ def drive(address, folder, script, *, w=1, light=True, kept=False, epochs=2, dem
     import raytune_asha_hpo as hpo
     from ray import tune
 
-    environ = {"NUM_EPOCHS": str(epochs), "TRAIN_SAMPLES": "8", "EVAL_SAMPLES": "4", "WORKERS_PER_TRIAL": str(w), "CPUS_PER_WORKER": "1"}
-    s = hpo.read_settings(environ | {"NUM_SAMPLES": str(len(script)), "MODEL_NAME": f"{demo}/model", "SQUAD_DATA": f"{demo}/squad"})
+    environ = {
+        "NUM_EPOCHS": str(epochs),
+        "TRAIN_SAMPLES": "8",
+        "EVAL_SAMPLES": "4",
+        "WORKERS_PER_TRIAL": str(w),
+        "CPUS_PER_WORKER": "1",
+    }
+    s = hpo.read_settings(
+        environ | {"NUM_SAMPLES": str(len(script)), "MODEL_NAME": f"{demo}/model", "SQUAD_DATA": f"{demo}/squad"}
+    )
     rows = [] if light else hpo.load_squad(s)
     ray.init(address, log_to_driver=False, runtime_env={"env_vars": {"RAY_ADDRESS": address}})
     folder.mkdir(exist_ok=True)
@@ -151,7 +180,9 @@ def drive(address, folder, script, *, w=1, light=True, kept=False, epochs=2, dem
             callbacks=[],
             verbose=0,
         ),
-        context=SimpleNamespace(s=s, run_dir=folder, data=ray.put(rows), train_loop=pretend if light else train, worker={"CPU": 1}),
+        context=SimpleNamespace(
+            s=s, run_dir=folder, data=ray.put(rows), train_loop=pretend if light else train, worker={"CPU": 1}
+        ),
     )
     original, fast_trials.WarmTrial = fast_trials.WarmTrial, hurt_trial(light)
     fast_trials.improve(plan)
@@ -174,7 +205,9 @@ def drive(address, folder, script, *, w=1, light=True, kept=False, epochs=2, dem
 
     begun, ended, lost = {}, {}, []
     plan.run_config.callbacks.append(Times())
-    tuner = plan.make_tuner(plan.trainable, param_space=plan.param_space, tune_config=plan.tune_config, run_config=plan.run_config)
+    tuner = plan.make_tuner(
+        plan.trainable, param_space=plan.param_space, tune_config=plan.tune_config, run_config=plan.run_config
+    )
     trials = []
     for result in tuner.fit():
         name = Path(result.path).name
@@ -275,7 +308,10 @@ def prepared(config):
     """The script's words out of a configuration, and a report that does as they say."""
     rank = int(os.environ["RANK"])
     fault = config.pop("fault", {})
-    until, words = config.pop("until", config["settings"].NUM_EPOCHS), {name: config.pop(name, None) for name in ("start", "stage", "unwind")}
+    until, words = (
+        config.pop("until", config["settings"].NUM_EPOCHS),
+        {name: config.pop(name, None) for name in ("start", "stage", "unwind")},
+    )
     report = config["report"]
 
     def new_report(metrics):
@@ -292,7 +328,13 @@ def prepared(config):
 def state():
     """What a process holds."""
     me, torch = psutil.Process(), sys.modules.get("torch")
-    found = {"pid": os.getpid(), "mb": me.memory_info().rss / 1e6, "fds": me.num_fds(), "threads": me.num_threads(), "time": time.time()}
+    found = {
+        "pid": os.getpid(),
+        "mb": me.memory_info().rss / 1e6,
+        "fds": me.num_fds(),
+        "threads": me.num_threads(),
+        "time": time.time(),
+    }
     if torch and "deepspeed.runtime.engine" in sys.modules:
         from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -371,7 +413,12 @@ def faults(address, tmp_path_factory):
         "no report": {"num_train_epochs": 0},
         "last": {},
     }
-    trials = run(address, tmp_path_factory.mktemp("faults"), [{"lr": float(i)} | words for i, words in enumerate(script.values())], w=2)
+    trials = run(
+        address,
+        tmp_path_factory.mktemp("faults"),
+        [{"lr": float(i)} | words for i, words in enumerate(script.values())],
+        w=2,
+    )
     return dict(zip(script, trials, strict=True))
 
 
@@ -399,7 +446,9 @@ def test_each_failed_trial_tells_its_own_cause_and_no_other_trial_fails(faults):
 
 
 def test_no_trial_hangs(faults):
-    assert all(trial["seconds"] < 60 for trial in faults.values()), {what: trial["seconds"] for what, trial in faults.items()}
+    assert all(trial["seconds"] < 60 for trial in faults.values()), {
+        what: trial["seconds"] for what, trial in faults.items()
+    }
 
 
 def test_losses_are_those_of_the_draw_whatever_went_before(faults):
@@ -417,7 +466,10 @@ def test_losses_are_those_of_the_draw_whatever_went_before(faults):
 
 def test_processes_are_kept_after_a_good_trial_and_replaced_after_a_bad_one(faults):
     assert pids(faults["good"]) == pids(faults["stopped"]) == pids(faults["value"])
-    slots = [pids(faults[what]) for what in ("value", "nan", "memory", "torch", "kill 1", "kill 0", "exit", "pickle", "fewer epochs")]
+    slots = [
+        pids(faults[what])
+        for what in ("value", "nan", "memory", "torch", "kill 1", "kill 0", "exit", "pickle", "fewer epochs")
+    ]
     assert len(set.union(*slots)) == sum(map(len, slots)) == len(slots)
     assert pids(faults["fewer epochs"]) == pids(faults["unwinds badly"])
     assert len({*pids(faults["unwinds badly"]), *pids(faults["dies unwinding"]), *pids(faults["last"])}) == 3
@@ -440,14 +492,19 @@ NAN = {"fault": {"how": "nan", "epoch": 2}}
 def same_losses(script, trials):
     """Each configuration's losses, which must be one list: that of its trials that had new processes included."""
     for config in (A, B, C):
-        losses = [trial["losses"] for words, trial in zip(script, trials, strict=True) if config.items() <= words.items()]
+        losses = [
+            trial["losses"] for words, trial in zip(script, trials, strict=True) if config.items() <= words.items()
+        ]
         full = max(losses, key=len)
         assert len(full) == 2 and len(set(full)) == 2
         for each in losses:
             assert [loss for loss in each if not math.isnan(loss)] == full[: len(each) - any(map(math.isnan, each))]
     new = [i == 0 or pids(trial) != pids(trials[i - 1]) for i, trial in enumerate(trials)]
     for config in (A, B, C):
-        assert {is_new for is_new, words in zip(new, script, strict=True) if config.items() <= words.items()} == {True, False}
+        assert {is_new for is_new, words in zip(new, script, strict=True) if config.items() <= words.items()} == {
+            True,
+            False,
+        }
 
 
 def test_memory_and_losses_over_many_trials_in_one_process(address, demo, tmp_path):
@@ -464,8 +521,15 @@ def test_memory_and_losses_over_many_trials_in_one_process(address, demo, tmp_pa
     for what, room in (("mb", 20), ("fds", 2), ("threads", 2), ("groups", 0)):
         print(what, [round(each[what]) for each in slot])
         assert max(each[what] for each in slot[41:]) <= max(each[what] for each in slot[21:31]) + room, what
-    assert all(state["engines"] == 1 for trial, words in zip(trials, script, strict=True) for state in trial["states"] if words["stage"] == 3)
-    print("turnover", [round(after["first"][0] - before["states"][-1]["time"], 2) for before, after in pairwise(trials)])
+    assert all(
+        state["engines"] == 1
+        for trial, words in zip(trials, script, strict=True)
+        for state in trial["states"]
+        if words["stage"] == 3
+    )
+    print(
+        "turnover", [round(after["first"][0] - before["states"][-1]["time"], 2) for before, after in pairwise(trials)]
+    )
 
 
 def test_losses_of_two_processes_and_a_kill_in_mid_training(address, demo, tmp_path):
@@ -480,7 +544,11 @@ def test_no_process_outlives_a_driver_that_is_killed(address, tmp_path):
     driver = driver_of(address, tmp_path, [{"lr": 1.0, "fault": {"how": "hold", "flag": str(tmp_path / "never")}}], w=2)
     try:
         # Rank 0 holds in its report; rank 1 has handed over its own.
-        wait_for(lambda: len(found := of_trials()) == 3 and any("next_report" in command for command in found.values()), 180, "both processes to train")
+        wait_for(
+            lambda: len(found := of_trials()) == 3 and any("next_report" in command for command in found.values()),
+            180,
+            "both processes to train",
+        )
     finally:
         driver.kill()
         driver.wait()
@@ -491,12 +559,26 @@ def test_no_process_outlives_a_driver_that_is_killed(address, tmp_path):
 def test_a_trial_whose_node_is_lost_starts_again_on_another(address, tmp_path, how):
     """Two trials hold, one on each node; one node is lost, then they may go on."""
     flag, root = tmp_path / "go on", f"{ROOT}b"
-    node = start_ray(f"--address={address}", "--num-cpus=2", '--resources={"trial_slot": 1}', f"--temp-dir={root}", log=f"{root}.log", WARM_NODE=root)
+    node = start_ray(
+        f"--address={address}",
+        "--num-cpus=2",
+        '--resources={"trial_slot": 1}',
+        f"--temp-dir={root}",
+        log=f"{root}.log",
+        WARM_NODE=root,
+    )
     driver, mark = None, f"WARM_NODE={root}"
     try:
         wait_for(lambda: "Ray runtime started" in Path(f"{root}.log").read_text(), 90, "the node")
-        driver = driver_of(address, tmp_path, [{"lr": float(i), "fault": {"how": "hold", "flag": str(flag)}} for i in range(2)], kept=True)
-        wait_for(lambda: sum("next_report" in command for command in of_trials().values()) == 2, 180, "both trials to train")
+        driver = driver_of(
+            address,
+            tmp_path,
+            [{"lr": float(i), "fault": {"how": "hold", "flag": str(flag)}} for i in range(2)],
+            kept=True,
+        )
+        wait_for(
+            lambda: sum("next_report" in command for command in of_trials().values()) == 2, 180, "both trials to train"
+        )
         assert sum("next_report" in command for command in of_trials(mark).values()) == 1
         there = of_trials(mark)
         for pid, command in (marked(mark) | there).items():
