@@ -19,7 +19,7 @@ OURS = ("SLURM_", "SBATCH_", "HF_", "NODE_ADDRESS")
 MOUNTS = ["unshare", "-rm", "bash", "-c"]  # a shell with a view of the file systems of its own
 HEAD, WORKER = "head_node_raytune_asha_hpo.slurm", "worker_node_raytune_asha_hpo.slurm"
 SLURM_TOOLS = ("sbatch", "squeue", "scontrol", "scancel", "sinfo")
-EDIT = "# What makes the environment active"
+EDIT = "# Activate the environment here"
 LATER = ("#SBATCH --nodes=1", "#SBATCH --nodes=1\n#SBATCH --begin=now+1hour")
 
 
@@ -196,6 +196,8 @@ def test_a_check_fails(site, inputs, command, before, said):
     if "ray_tmp" in before:  # a site whose jobs have a /tmp of their own
         edit(site / "scripts/raytune_hpo/ray_job.sh", '"/tmp/ray_', '"$RAY_AT/ray_')
         before = before.replace("; ray_tmp", "")
+    if command == "check_gpus":  # a driver is there
+        edit(site / "scripts/raytune_hpo/ray_job.sh", "-e /dev/nvidiactl || -e", "-e /dev/null || -e")
     choose = "choose_python; " if command != "check_packages" else ""
     shell = MOUNTS if "mount" in before else ("bash", "-c")
     lines = one_check(site, f"{choose}{before}; {command}", shell, **inputs)

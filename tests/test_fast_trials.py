@@ -181,7 +181,7 @@ def drive(address, folder, script, *, w=1, light=True, kept=False, epochs=2, dem
             verbose=0,
         ),
         context=SimpleNamespace(
-            s=s, run_dir=folder, data=ray.put(rows), train_loop=pretend if light else train, worker={"CPU": 1}
+            s=s, run_dir=folder, data=ray.put(rows), loop=pretend if light else train, worker={"CPU": 1}
         ),
     )
     original, fast_trials.WarmTrial = fast_trials.WarmTrial, hurt_trial(light)

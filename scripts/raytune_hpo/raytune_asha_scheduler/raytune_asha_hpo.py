@@ -179,14 +179,14 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
         ALL_OPS.pop("deepspeed_shm_comm", None)  # else DeepSpeed compiles a kernel; gloo does the same
         ds_config["zero_optimization"] |= {"overlap_comm": False, "contiguous_gradients": False}  # GPUs gain
     drawn = {TRAINING_ARGUMENT.get(name, name): value for name, value in hyperparameters.items()}
-    fields = {"num_train_epochs": s.NUM_EPOCHS, "save_strategy": "no", "output_dir": tempfile.gettempdir()}
-    arguments = TrainingArguments(
-        deepspeed=ds_config, use_cpu=not gpu, dataloader_pin_memory=gpu, seed=s.SEED,
-        fp16=gpu,  # V100: fp16 in hardware, bf16 only emulated
-        eval_strategy="epoch", per_device_eval_batch_size=8,  # a batch size that does not change the loss
-        logging_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False,
-        **(fields | drawn),
-    )
+    fields = {
+        "num_train_epochs": s.NUM_EPOCHS, "seed": s.SEED, "deepspeed": ds_config, "use_cpu": not gpu,
+        "fp16": gpu,  # V100: fp16 in hardware, bf16 only emulated
+        "eval_strategy": "epoch", "per_device_eval_batch_size": 8,  # its size does not change the loss
+        "save_strategy": "no", "output_dir": tempfile.gettempdir(), "logging_strategy": "no",
+        "report_to": "none", "disable_tqdm": True, "remove_unused_columns": False, "dataloader_pin_memory": gpu,
+    }
+    arguments = TrainingArguments(**(fields | drawn))
     # ZeRO-3 splits the model as it is loaded: the arguments above and the process group come before it.
     if ds_config and not gpu:
         deepspeed.init_distributed(dist_backend="gloo")
@@ -237,7 +237,7 @@ def run_trial(config, s, data, worker):
     from ray.train.torch import TorchTrainer
     TorchTrainer(
         train_loop_per_worker,
-        train_loop_config=config["train_loop_config"] | {"settings": s, "data": data[0], "report": train.report},
+        train_loop_config=dict(config["train_loop_config"], settings=s, data=data[0], report=train.report),
         scaling_config=train.ScalingConfig(num_workers=s.WORKERS_PER_TRIAL, use_gpu="GPU" in worker,
                                            resources_per_worker=worker, placement_strategy="STRICT_PACK"),
         run_config=train.RunConfig(storage_path=tempfile.mkdtemp(), callbacks=[ForwardReportsToTune()]),
