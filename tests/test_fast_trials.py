@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -282,24 +281,12 @@ def fail(how, flag=None):
     """What can go wrong in a training."""
     if how == "value":
         raise ValueError("made to fail")
-    if how == "memory":
-        raise MemoryError("made to run out")
     if how == "torch":
         import torch
 
         torch.empty(1 << 55)
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if how == "exit":
-        sys.exit("made to leave")
-    if how == "pickle":
-
-        class Unpicklable(Exception):
-            def __init__(self, one, two):
-                super().__init__(one)
-                self.lock = threading.Lock()
-
-        raise Unpicklable("made to stay", 2)
     while how == "hold" and not Path(flag).exists():
         time.sleep(0.1)
 
@@ -396,20 +383,14 @@ def faults(address, tmp_path_factory):
         "stopped": {"until": 1},
         "value": {"fault": {"how": "value", "rank": 1, "epoch": 2}},
         "nan": {"fault": {"how": "nan", "epoch": 2}},
-        "memory": {"fault": {"how": "memory", "rank": 1, "epoch": 2}},
         "torch": {"fault": {"how": "torch", "epoch": 2}},
         "kill 1": {"fault": {"how": "kill", "rank": 1, "epoch": 2}},
-        "kill 0": {"fault": {"how": "kill", "epoch": 2}},
-        "exit": {"fault": {"how": "exit", "rank": 1, "epoch": 2}},
-        "pickle": {"fault": {"how": "pickle", "rank": 1, "epoch": 2}},
-        "dies as it starts": {"start": {"at": "__init__", "how": "exit", "rank": 0}},
         "dies as it imports": {"start": {"at": "prepare", "how": "exit", "rank": 1}},
         "cannot import": {"start": {"at": "prepare", "how": "raise", "rank": 1}},
         "dies as it joins 0": {"start": {"at": "join", "how": "exit", "rank": 0}},
         "dies as it joins 1": {"start": {"at": "join", "how": "exit", "rank": 1}},
         "fewer epochs": {"num_train_epochs": 1},
         "unwinds badly": {"until": 1, "unwind": "value"},
-        "dies unwinding": {"until": 1, "unwind": "kill"},
         "no report": {"num_train_epochs": 0},
         "last": {},
     }
@@ -424,13 +405,8 @@ def faults(address, tmp_path_factory):
 
 CAUSES = {
     "value": "ValueError: made to fail",
-    "memory": "MemoryError: made to run out",
     "torch": "you tried to allocate 144115188075855872 bytes",
     "kill 1": "RuntimeError: training worker 1 died",
-    "kill 0": "RuntimeError: training worker 0 died",
-    "exit": "SystemExit('made to leave')",
-    "pickle": "Unpicklable: made to stay",
-    "dies as it starts": "RuntimeError: training worker 0 died",
     "dies as it imports": "RuntimeError: training worker 1 died",
     "cannot import": "ImportError: made to fail in prepare",
     "dies as it joins 0": "RuntimeError: training worker 0 died",
@@ -466,13 +442,10 @@ def test_losses_are_those_of_the_draw_whatever_went_before(faults):
 
 def test_processes_are_kept_after_a_good_trial_and_replaced_after_a_bad_one(faults):
     assert pids(faults["good"]) == pids(faults["stopped"]) == pids(faults["value"])
-    slots = [
-        pids(faults[what])
-        for what in ("value", "nan", "memory", "torch", "kill 1", "kill 0", "exit", "pickle", "fewer epochs")
-    ]
+    slots = [pids(faults[what]) for what in ("value", "nan", "torch", "kill 1", "fewer epochs")]
     assert len(set.union(*slots)) == sum(map(len, slots)) == len(slots)
     assert pids(faults["fewer epochs"]) == pids(faults["unwinds badly"])
-    assert len({*pids(faults["unwinds badly"]), *pids(faults["dies unwinding"]), *pids(faults["last"])}) == 3
+    assert not pids(faults["unwinds badly"]) & pids(faults["last"])
 
 
 def test_a_trial_of_fewer_epochs_reports_each_once(faults):
@@ -489,9 +462,9 @@ C = {"lr": 3e-3, "per_device_bs": 2, "wd": 0.1, "stage": 0}
 NAN = {"fault": {"how": "nan", "epoch": 2}}
 
 
-def same_losses(script, trials):
+def same_losses(script, trials, configurations):
     """Each configuration's losses, which must be one list: that of its trials that had new processes included."""
-    for config in (A, B, C):
+    for config in configurations:
         losses = [
             trial["losses"] for words, trial in zip(script, trials, strict=True) if config.items() <= words.items()
         ]
@@ -500,7 +473,7 @@ def same_losses(script, trials):
         for each in losses:
             assert [loss for loss in each if not math.isnan(loss)] == full[: len(each) - any(map(math.isnan, each))]
     new = [i == 0 or pids(trial) != pids(trials[i - 1]) for i, trial in enumerate(trials)]
-    for config in (A, B, C):
+    for config in configurations:
         assert {is_new for is_new, words in zip(new, script, strict=True) if config.items() <= words.items()} == {
             True,
             False,
@@ -509,10 +482,10 @@ def same_losses(script, trials):
 
 def test_memory_and_losses_over_many_trials_in_one_process(address, demo, tmp_path):
     stop = {"until": 1}
-    script = [A, C, *[A | stop, C | stop, A, C] * 12, A, B, A, B | stop, C | NAN, B]
+    script = [A, C, *[A | stop, C | stop, A, C] * 12, A, C | NAN, A, C]
     trials = run(address, tmp_path, script, light=False, demo=str(demo))
     assert not any(trial["error"] for trial in trials)
-    same_losses(script, trials)
+    same_losses(script, trials, (A, C))
 
     slot = [trial["states"][0] for trial in trials[:51]]
     assert len({each["pid"] for each in slot}) == 1
@@ -521,12 +494,6 @@ def test_memory_and_losses_over_many_trials_in_one_process(address, demo, tmp_pa
     for what, room in (("mb", 20), ("fds", 2), ("threads", 2), ("groups", 0)):
         print(what, [round(each[what]) for each in slot])
         assert max(each[what] for each in slot[41:]) <= max(each[what] for each in slot[21:31]) + room, what
-    assert all(
-        state["engines"] == 1
-        for trial, words in zip(trials, script, strict=True)
-        for state in trial["states"]
-        if words["stage"] == 3
-    )
     print(
         "turnover", [round(after["first"][0] - before["states"][-1]["time"], 2) for before, after in pairwise(trials)]
     )
@@ -535,7 +502,10 @@ def test_memory_and_losses_over_many_trials_in_one_process(address, demo, tmp_pa
 def test_losses_of_two_processes_and_a_kill_in_mid_training(address, demo, tmp_path):
     script = [A, C | {"until": 1}, C, A, B, C, A | {"fault": {"how": "kill", "rank": 1, "epoch": 2}}, B]
     trials = run(address, tmp_path, script, light=False, w=2, demo=str(demo))
-    same_losses(script, trials)
+    same_losses(script, trials, (A, B, C))
+    pairs = zip(trials, script, strict=True)
+    stage_3 = [state for trial, words in pairs if words["stage"] == 3 for state in trial["states"]]
+    assert {state["engines"] for state in stage_3} == {1}
     assert [bool(trial["error"]) for trial in trials] == [number == 6 for number in range(8)]
     assert "training worker 1 died" in trials[6]["error"].strip().splitlines()[-1]
 
@@ -555,9 +525,8 @@ def test_no_process_outlives_a_driver_that_is_killed(address, tmp_path):
     wait_for(lambda: not of_trials(), 20, "the processes to end with their driver")
 
 
-@pytest.mark.parametrize("how", ["KILL its raylet", "TERM all"])
-def test_a_trial_whose_node_is_lost_starts_again_on_another(address, tmp_path, how):
-    """Two trials hold, one on each node; one node is lost, then they may go on."""
+def test_a_trial_whose_node_is_lost_starts_again_on_another(address, tmp_path):
+    """Two trials hold, one on each node; all of one node's processes get TERM, then the trials may go on."""
     flag, root = tmp_path / "go on", f"{ROOT}b"
     node = start_ray(
         f"--address={address}",
@@ -581,10 +550,9 @@ def test_a_trial_whose_node_is_lost_starts_again_on_another(address, tmp_path, h
         )
         assert sum("next_report" in command for command in of_trials(mark).values()) == 1
         there = of_trials(mark)
-        for pid, command in (marked(mark) | there).items():
-            if how == "TERM all" or "/raylet/raylet " in command:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM if how == "TERM all" else signal.SIGKILL)
+        for pid in marked(mark) | there:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
         wait_for(lambda: not any(map(psutil.pid_exists, there)), 30, "the lost node's trial to end")
         flag.touch()
         trials = ended(driver, tmp_path)

@@ -284,7 +284,8 @@ def test_a_run_whose_folder_a_worker_cannot_see_says_so(cluster):
 
 
 def test_a_requeued_job_goes_on_where_it_was(cluster, demo):
-    job = cluster.submit(**demo_run(demo, NUM_SAMPLES="2", NUM_EPOCHS="2", WORKERS_PER_TRIAL="1", CPUS_PER_WORKER="10"))
+    long = {"TRAIN_SAMPLES": "800", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "10"}
+    job = cluster.submit(**demo_run(demo, NUM_SAMPLES="2", **long))
     wait_for(lambda: re.search(r"_00000  (stopped|finished)", cluster.log(job)), 240, "the first trial's end")
     results = cluster.folder / "runs" / job / "tune"
     saved = lambda: "".join(file.read_text() for file in results.glob("experiment_state-*.json"))

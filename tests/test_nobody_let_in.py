@@ -143,7 +143,7 @@ def test_each_port_of_a_run_is_known_and_wants_the_token(running):
         known = ("gcs_server", "raylet/raylet", "dashboard/dashboard.py", "ray::DashboardAgent", "ray::RuntimeEnvAgent",
                  "raytune_asha_hpo.py", "ray.util.client.server", "ray::")  # fmt: skip
         kinds.append(next((kind for kind in known if kind in command), command))
-        if "ray::RayTrainWorker" in command and port >= 20000:  # Ray gives its processes ports from 10002 to 19999
+        if "ray::TrainingProcess" in command and port >= 20000:  # Ray gives its processes ports from 10002 to 19999
             continue
         ip = "127.0.0.1" if ip in ("::", "0.0.0.0") else ip.removeprefix("::ffff:")
         said = grpc_answers(ip, port)

@@ -183,8 +183,8 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
         "num_train_epochs": s.NUM_EPOCHS, "seed": s.SEED, "deepspeed": ds_config, "use_cpu": not gpu,
         "fp16": gpu,  # V100: fp16 in hardware, bf16 only emulated
         "eval_strategy": "epoch", "per_device_eval_batch_size": 8,  # its size does not change the loss
-        "save_strategy": "no", "output_dir": tempfile.gettempdir(), "logging_strategy": "no",
-        "report_to": "none", "disable_tqdm": True, "remove_unused_columns": False, "dataloader_pin_memory": gpu,
+        "save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "output_dir": tempfile.gettempdir(), "remove_unused_columns": False, "dataloader_pin_memory": gpu,
     }
     arguments = TrainingArguments(**(fields | drawn))
     # ZeRO-3 splits the model as it is loaded: the arguments above and the process group come before it.
@@ -249,7 +249,7 @@ NEIGHBOURS = ["fast_trials", "run_state", "trial_log"]  # each is optional: its 
 
 
 def say(text):  # one line of the log, with time and role
-    print(f"{time.strftime('%H:%M:%S')} search | {text}", flush=True)
+    print(f"{time.strftime('%H:%M:%S')} search | {text}", file=sys.__stdout__, flush=True)
 
 
 def search(s, run_dir):
@@ -313,7 +313,7 @@ def main():
     best = best_report(results)
     if not best or len(results) < s.NUM_SAMPLES:
         sys.exit(f"ERROR: {len(results)} of {s.NUM_SAMPLES} trials ran, {len(failed)} failed")
-    print(f"Best Trial Result:\n{best}", flush=True)
+    print(f"Best Trial Result:\n{best}", file=sys.__stdout__, flush=True)
 
 
 if __name__ == "__main__":

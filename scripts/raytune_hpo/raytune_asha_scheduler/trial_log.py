@@ -8,6 +8,7 @@ import io
 import logging
 import math
 import re
+import sys
 from pathlib import Path
 
 from ray import tune
@@ -19,6 +20,7 @@ SHORT_NAMES = {"AsyncHyperBandScheduler": "ASHA"}  # Ray's own name of the class
 
 def improve(plan):
     """Adds the lines and the table to the plan."""
+    sys.stdout = sys.stderr  # for what libraries print: the log, sys.__stdout__, is for students
     # What Ray logs of a failed trial is told below, and its trace is in error.txt.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     chosen = plan.tune_config.scheduler
@@ -54,7 +56,7 @@ class TrialLines(tune.Callback):
     """One line for each event of a trial."""
 
     def __init__(self, s, scheduler):
-        self.s, self.scheduler, self.best = s, scheduler, math.inf
+        self.s, self.scheduler, self.best, self.ended = s, scheduler, math.inf, set()
         self.many = s.NUM_SAMPLES > MANY_TRIALS
 
     def drawn(self, trial):
@@ -83,7 +85,7 @@ class TrialLines(tune.Callback):
         if self.many:
             end += f"  eval_loss {loss:.5f}  seconds {last.get('time_total_s', 0):.1f}  {self.drawn(trial)}"
         say(f"{trial}  {end}")
-        self.count(trials)
+        self.count(trial, trials)
 
     def on_trial_recover(self, iteration, trials, trial, **info):
         times = f"{trial.run_metadata.num_failures} of at most {trial.max_failures} times"
@@ -91,12 +93,14 @@ class TrialLines(tune.Callback):
 
     def on_trial_error(self, iteration, trials, trial, **info):
         say(f"{trial}  FAILED     {cause_of(Path(trial.error_file).read_text() if trial.error_file else '')}")
-        self.count(trials)
+        self.count(trial, trials)
 
-    def count(self, trials):
-        ended = sum(each.is_finished() for each in trials) if self.many else 0
-        if ended and ended % (self.s.NUM_SAMPLES // 10) == 0:
-            say(f"{ended} of {self.s.NUM_SAMPLES} trials have ended, the lowest eval_loss is {self.best:.5f}")
+    def count(self, trial, trials):
+        self.ended = self.ended or {each.trial_id for each in trials if each.is_finished()}  # if a run is continued
+        self.ended.add(trial.trial_id)
+        if self.many and len(self.ended) % (self.s.NUM_SAMPLES // 10) == 0:
+            ended, best = f"{len(self.ended)} of {self.s.NUM_SAMPLES}", f"{self.best:.5f}"
+            say(f"{ended} trials have ended, the lowest eval_loss is {best}")
 
 
 class FinalTable(tune.CLIReporter):
@@ -111,7 +115,7 @@ class FinalTable(tune.CLIReporter):
             super().report(sorted(trials, key=str), done, *system_info)
         text = printed.getvalue().split("Number of errored trials")[0]  # those have lines of their own
         lines = [line for line in text.splitlines() if line.startswith(("+", "|", "Number of trials"))]
-        print(*lines, sep="\n", flush=True)
+        print(*lines, sep="\n", file=sys.__stdout__, flush=True)
 
 
 def cause_of(error_text):
