@@ -118,6 +118,7 @@ prepare_ray() {                                        # environment, folder and
     export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0     # and at once when they are told to
     export RAY_SCHEDULER_EVENTS=0 RAY_USAGE_STATS_ENABLED=0           # nothing in the log that is not for students
     export DASHBOARD_METRIC_PORT=-1 RAY_enable_metrics_collection=0   # no ports: these would ask nobody for the token
+    export RAY_prestart_worker_first_driver=0          # start processes when a trial needs them, not while nodes join
     export RAY_TRAIN_METRICS_ENABLED=0                 # nobody collects them
     export RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.2       # a report reaches Tune within half a second instead of two
     export RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=300  # imports from a busy shared file system can take minutes
