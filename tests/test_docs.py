@@ -182,7 +182,8 @@ def test_commands_name_existing_files_and_options(helps):
     for document, line, words, folder in all_commands():
         for word in words:
             if re.search(r"\.(py|sh|slurm|yml)$", word):
-                there = any(folder.glob(word)) if folder else exists(word, document.parent)
+                path = re.sub(r"^\w+=", "", word)  # or the value of a variable
+                there = any(folder.glob(path)) if folder else exists(path, document.parent)
                 assert there, f"{document}: no such file: {line}"
         told = next((by_name[Path(word).name] for word in words if Path(word).name in by_name), None)
         for option in {word.split("=")[0] for word in words if word.startswith("--")} - {"--help"}:
