@@ -482,7 +482,7 @@ def same_losses(script, trials, configurations):
 
 def test_memory_and_losses_over_many_trials_in_one_process(address, demo, tmp_path):
     stop = {"until": 1}
-    script = [A, C, *[A | stop, C | stop, A, C] * 12, A, C | NAN, A, C]
+    script = [A, C, *[A | stop, C | stop, A, C] * 12, C, A | NAN, C, A]
     trials = run(address, tmp_path, script, light=False, demo=str(demo))
     assert not any(trial["error"] for trial in trials)
     same_losses(script, trials, (A, C))

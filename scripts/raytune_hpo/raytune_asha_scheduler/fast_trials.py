@@ -9,7 +9,6 @@ After an error, a loss that is not finite or a training that leaves its model in
 are replaced: no later trial inherits them.
 """
 
-import atexit
 import datetime
 import gc
 import math
@@ -36,7 +35,6 @@ def improve(plan, trial_class=None):
     one_node = tune.PlacementGroupFactory(place, strategy="STRICT_PACK")
     plan.trainable = tune.with_resources(tune.with_parameters(trial_class or WarmTrial, context=context), one_node)
     plan.tune_config.reuse_actors = True
-    atexit.unregister(ray.shutdown)  # a second or two at the end of the search: the cluster ends anyway
     plan.run_config.checkpoint_config = tune.CheckpointConfig(checkpoint_at_end=False)
 
 

@@ -248,8 +248,8 @@ def run_trial(config, s, data, worker):
 NEIGHBOURS = ["fast_trials", "run_state", "trial_log"]  # each is optional: its first line says what for
 
 
-def say(text):  # one line of the log, with time and role
-    print(f"{time.strftime('%H:%M:%S')} search | {text}", file=sys.__stdout__, flush=True)
+def say(text, log=sys.stdout):  # one line of the log, with time and role
+    print(f"{time.strftime('%H:%M:%S')} search | {text}", file=log, flush=True)
 
 
 def search(s, run_dir):
@@ -313,7 +313,7 @@ def main():
     best = best_report(results)
     if not best or len(results) < s.NUM_SAMPLES:
         sys.exit(f"ERROR: {len(results)} of {s.NUM_SAMPLES} trials ran, {len(failed)} failed")
-    print(f"Best Trial Result:\n{best}", file=sys.__stdout__, flush=True)
+    print(f"Best Trial Result:\n{best}", flush=True)
 
 
 if __name__ == "__main__":

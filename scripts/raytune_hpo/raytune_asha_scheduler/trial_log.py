@@ -14,13 +14,14 @@ from pathlib import Path
 from ray import tune
 from raytune_asha_hpo import say
 
+LOG = sys.stdout
 MANY_TRIALS = 100  # with more, one line a trial, at its end, and one for each tenth of them
 SHORT_NAMES = {"AsyncHyperBandScheduler": "ASHA"}  # Ray's own name of the class is the older one
 
 
 def improve(plan):
     """Adds the lines and the table to the plan."""
-    sys.stdout = sys.stderr  # for what libraries print: the log, sys.__stdout__, is for students
+    sys.stdout = sys.stderr  # while trials run: what libraries print is not for the log
     # What Ray logs of a failed trial is told below, and its trace is in error.txt.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     chosen = plan.tune_config.scheduler
@@ -95,6 +96,9 @@ class TrialLines(tune.Callback):
         say(f"{trial}  FAILED     {cause_of(Path(trial.error_file).read_text() if trial.error_file else '')}")
         self.count(trial, trials)
 
+    def on_experiment_end(self, trials, **info):
+        sys.stdout = LOG
+
     def count(self, trial, trials):
         self.ended = self.ended or {each.trial_id for each in trials if each.is_finished()}  # if a run is continued
         self.ended.add(trial.trial_id)
@@ -115,7 +119,7 @@ class FinalTable(tune.CLIReporter):
             super().report(sorted(trials, key=str), done, *system_info)
         text = printed.getvalue().split("Number of errored trials")[0]  # those have lines of their own
         lines = [line for line in text.splitlines() if line.startswith(("+", "|", "Number of trials"))]
-        print(*lines, sep="\n", file=sys.__stdout__, flush=True)
+        print(*lines, sep="\n", file=LOG, flush=True)
 
 
 def cause_of(error_text):
