@@ -115,6 +115,46 @@ def slurm():
     subprocess.run(["bash", script, "down"], env=environ, check=True, timeout=120)
 
 
+def start_ray(*options, log, environ):
+    """A plain `ray start`, in a process group of its own; what it prints goes to the file `log`."""
+    command = [Path(sys.executable).parent / "ray", "start", "--block", "--disable-usage-stats", *options]
+    with open(log, "w") as output:
+        return subprocess.Popen([*command, "--node-ip-address=127.0.0.1"], env=environ, stdout=output,
+                                stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+
+
+def end_ray(process):
+    """Ends it by its process group."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+
+
+def address_of(folder):
+    """The address of the Ray head whose --temp-dir this is."""
+    file = Path(folder, "ray_current_cluster")
+    return wait_for(lambda: file.exists() and file.read_text().strip(), 120, f"the Ray head in {folder}")
+
+
+ONE_SLOT = ("--head", "--port=0", "--dashboard-port=0", "--num-cpus=4", '--resources={"trial_slot": 1}')
+
+
+@pytest.fixture(scope="session")
+def private_ray():
+    """Variables that point to a plain Ray with room for one trial, whose processes can import the lesson."""
+    folder, variables = f"/tmp/ray_test_{os.getpid()}", {"RAY_AUTH_MODE": "disabled"}
+    environ = os.environ | variables | {"PYTHONPATH": str(SCRIPT.parent)}
+    head = start_ray(*ONE_SLOT, f"--temp-dir={folder}", log=f"{folder}.log", environ=environ)
+    try:
+        yield variables | {"RAY_ADDRESS": address_of(folder)}
+    finally:
+        end_ray(head)
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(f"{folder}.log").unlink()
+
+
 SPACE = {"LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "BS_CHOICES": "2 4", "WD_CHOICES": "0.0 0.1"}
 SMALL = {"TRAIN_SAMPLES": "32", "EVAL_SAMPLES": "16"}
 

@@ -1,5 +1,6 @@
 """The exercises as a student does them, on a small scale: edits and commands are read from EXERCISES.md."""
 
+import os
 import re
 import subprocess
 import sys
@@ -76,9 +77,14 @@ def test_every_exercise_has_its_parts():
 
 
 @pytest.mark.parametrize("number", [3, 4, 6, 11])
-def test_each_edit_fits_the_script_and_leaves_it_right(number, course):
+def test_each_edit_fits_the_script_and_leaves_it_right(number, course, demo):
     script = edit(course, exercise(number))
     assert subprocess.run([sys.executable, "-m", "py_compile", script], check=False).returncode == 0
+    if number != 11:  # it imports a package of its own
+        environ = os.environ | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+        command = [sys.executable, script.parents[1] / "check_inputs.py"]
+        check = subprocess.run(command, env=environ, text=True, check=False, capture_output=True, timeout=60)
+        assert check.returncode == 0, check.stderr
 
 
 def test_a_wider_range_another_halving_and_another_hyperparameter(student):

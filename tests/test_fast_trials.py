@@ -19,7 +19,7 @@ from types import ModuleType, SimpleNamespace
 
 import psutil
 import pytest
-from conftest import SCRIPT, wait_for
+from conftest import ONE_SLOT, SCRIPT, address_of, end_ray, start_ray, wait_for
 
 sys.path.insert(0, str(SCRIPT.parent))
 ROOT = f"/tmp/ray_warm_{os.getpid()}"
@@ -60,53 +60,14 @@ def of_trials(mark=MARK):
     return actors
 
 
-def start_ray(*options, log, **variables):
-    with open(log, "w") as output:
-        return subprocess.Popen(
-            [
-                Path(sys.executable).parent / "ray",
-                "start",
-                "--block",
-                "--disable-usage-stats",
-                "--node-ip-address=127.0.0.1",
-                *options,
-            ],
-            env=ENVIRON | variables,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
-def end_of(process):
-    """Ends a Ray by its process group."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 @pytest.fixture(scope="module")
 def address():
     """A private Ray with room for one trial at a time."""
-    head = start_ray(
-        "--head",
-        "--port=0",
-        "--dashboard-port=0",
-        "--num-cpus=4",
-        '--resources={"trial_slot": 1}',
-        f"--temp-dir={ROOT}",
-        log=f"{ROOT}.log",
-    )
+    head = start_ray(*ONE_SLOT, f"--temp-dir={ROOT}", log=f"{ROOT}.log", environ=ENVIRON)
     try:
-        yield wait_for(
-            lambda: (file := Path(ROOT, "ray_current_cluster")).exists() and file.read_text().strip(), 60, "Ray"
-        )
+        yield address_of(ROOT)
     finally:
-        end_of(head)
+        end_ray(head)
         with contextlib.suppress(AssertionError):
             wait_for(lambda: not marked(), 10, "Ray to end")
         for pid in (left := marked()):
@@ -528,14 +489,8 @@ def test_no_process_outlives_a_driver_that_is_killed(address, tmp_path):
 def test_a_trial_whose_node_is_lost_starts_again_on_another(address, tmp_path):
     """Two trials hold, one on each node; all of one node's processes get TERM, then the trials may go on."""
     flag, root = tmp_path / "go on", f"{ROOT}b"
-    node = start_ray(
-        f"--address={address}",
-        "--num-cpus=2",
-        '--resources={"trial_slot": 1}',
-        f"--temp-dir={root}",
-        log=f"{root}.log",
-        WARM_NODE=root,
-    )
+    options = [f"--address={address}", "--num-cpus=2", '--resources={"trial_slot": 1}', f"--temp-dir={root}"]
+    node = start_ray(*options, log=f"{root}.log", environ=ENVIRON | {"WARM_NODE": root})
     driver, mark = None, f"WARM_NODE={root}"
     try:
         wait_for(lambda: "Ray runtime started" in Path(f"{root}.log").read_text(), 90, "the node")
@@ -559,7 +514,7 @@ def test_a_trial_whose_node_is_lost_starts_again_on_another(address, tmp_path):
     finally:
         if driver:
             driver.kill()
-        end_of(node)
+        end_ray(node)
         for pid in marked(mark):
             os.kill(pid, signal.SIGKILL)
         shutil.rmtree(root, ignore_errors=True)

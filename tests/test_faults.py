@@ -220,16 +220,17 @@ def test_near_its_time_limit_a_run_ends_in_order(cluster, demo):
 def test_trials_that_diverge_raise_or_run_out_of_memory_end_alone(course, demo):
     """In the rungs only the losses of the others count.
 
-    An infinite rate; a batch size of 0; an allocation that no machine can serve.
+    An infinite rate; a batch size of 0; an allocation that no machine can serve; a process that the kernel kills.
     """
     script = course.parents[3] / SCRIPT.relative_to(REPO)
     text = script.read_text()
     rate = 'lambda spec: math.inf if spec.config["train_loop_config"]["per_device_bs"] == 8 else 1e-2'
-    memory = '    config["per_device_bs"] == 7 and torch.empty(1 << 55)\n'
+    hurt = '    config["per_device_bs"] == 7 and torch.empty(1 << 55)\n'
+    hurt += '    config["per_device_bs"] == 9 and os.kill(os.getpid(), 9)\n'
     for old, new in (
-        ('"per_device_bs": tune.choice(s.BS_CHOICES)', '"per_device_bs": tune.grid_search([0, 7, 8, 2, 4])'),
+        ('"per_device_bs": tune.choice(s.BS_CHOICES)', '"per_device_bs": tune.grid_search([0, 7, 8, 2, 4, 9])'),
         ("tune.loguniform(s.LR_LOWER, s.LR_UPPER)", f"tune.sample_from({rate})"),
-        ("    fine_tune(config, s, *ray.get(data)", memory + "    fine_tune(config, s, *ray.get(data)"),
+        ("    fine_tune(config, s, *ray.get(data)", hurt + "    fine_tune(config, s, *ray.get(data)"),
     ):
         assert text.count(old) == 1
         text = text.replace(old, new)
@@ -239,14 +240,14 @@ def test_trials_that_diverge_raise_or_run_out_of_memory_end_alone(course, demo):
     check_log(log, job_of(log))
     run_dir = course / "runs" / job_of(log)
     tables = (run_dir / "tables.md").read_text()
-    for number, cause in ((0, r"\S*Error: .*"), (1, r"RuntimeError: .*can't allocate memory.*")):
+    killed = r"RuntimeError: training worker 0 died; out of memory\?"
+    for number, cause in ((0, r"\S*Error: .*"), (1, r"RuntimeError: .*can't allocate memory.*"), (5, killed)):
         assert re.search(rf"_{number:05d}  FAILED     {cause}", log), log
         assert re.search(rf"combo {number + 1} \(TorchTrainer_\S+\): FAILED: {cause}", tables), tables
     assert len(re.findall(r"_00002  ended      diverged at epoch 1$", log, re.MULTILINE)) == 1
     assert not re.search("_00002  epoch 2", log)
     assert len(re.findall(r"_0000[34]  finished   all epochs", log)) >= 1
-    states = ["ERROR", "ERROR", "TERMINATED", "TERMINATED", "TERMINATED"]
-    assert sorted(row["status"] for row in table_of(log)) == states
+    assert sorted(row["status"] for row in table_of(log)) == ["ERROR"] * 3 + ["TERMINATED"] * 3
     judged = map(json.loads, (run_dir / "reports.jsonl").read_text().splitlines())
     judged = {row["trial_id"][-5:] for row in judged if math.isfinite(row["eval_loss"])}
     assert judged == {"00003", "00004"}

@@ -1,19 +1,16 @@
 """The lesson alone, and without each of the files beside it: the same losses, and no more lost than the file says."""
 
-import contextlib
 import json
 import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import REPO, SCRIPT, table_of, wait_for
+from conftest import REPO, SCRIPT, table_of
 
 NEIGHBOURS = {"fast_trials", "run_state", "trial_log"}
 FEW = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "8", "NUM_EPOCHS": "1", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "1"}
@@ -21,29 +18,7 @@ RATE = 'tune.sample_from(lambda spec: math.inf if spec.config["train_loop_config
 
 
 @pytest.fixture(scope="module")
-def ray_cluster():
-    """A plain `ray start` that offers room for one trial: {RAY_ADDRESS}."""
-    folder = Path(f"/tmp/nb.{os.getpid()}")
-    environ = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    command = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--port=0", "--dashboard-port=0"]
-    command += ["--num-cpus=1", '--resources={"trial_slot": 1}', f"--temp-dir={folder}", "--disable-usage-stats"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    head = subprocess.Popen(command, env=environ, start_new_session=True, **quiet)
-    try:
-        file = folder / "ray_current_cluster"
-        address = wait_for(lambda: file.exists() and file.read_text().strip(), 120, "the Ray head")
-        yield {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address}
-    finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(5)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(head.pid, signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def search_with(ray_cluster, demo, tmp_path_factory):
+def search_with(private_ray, demo, tmp_path_factory):
     """Runs the lesson in a folder of its own with these neighbours, one of its two trials at a rate that diverges."""
 
     def run(*neighbours):
@@ -61,7 +36,7 @@ def search_with(ray_cluster, demo, tmp_path_factory):
             shutil.copy(SCRIPT.with_name(f"{name}.py"), folder)
         variables = FEW | {"NUM_SAMPLES": "1", "MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
         command = [sys.executable, "-u", SCRIPT.name, "--run-dir", "results"]
-        done = subprocess.run(command, cwd=folder, env=os.environ | ray_cluster | variables, text=True, check=False,
+        done = subprocess.run(command, cwd=folder, env=os.environ | private_ray | variables, text=True, check=False,
                               capture_output=True, timeout=300)  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]
         losses = {}
@@ -120,3 +95,25 @@ def test_with_another_ray_a_lost_node_costs_its_trials_and_the_log_says_so(tmp_p
     run_state.improve(plan)
     assert said == ["Ray 9.9.9 is not 2.60.0: a trial fails if its node is lost"]
     assert Trial.should_recover is rule and plan.run_config.failure_config.max_failures == 0
+
+
+def test_only_a_lost_process_starts_again_not_one_that_could_not_be_made(tmp_path, monkeypatch):
+    from ray import cloudpickle
+    from ray.exceptions import RayActorError
+
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import run_state
+
+    def starts_again(error, failures=1):
+        file = tmp_path / "error.pkl"
+        file.write_bytes(cloudpickle.dumps(error))
+        failed = SimpleNamespace(num_failures=failures)
+        return run_state.lost_with_its_node(
+            SimpleNamespace(pickled_error_file=file, run_metadata=failed, max_failures=run_state.RESTARTS)
+        )
+
+    assert starts_again(RayActorError(None, "its node died"))
+    assert starts_again(RayActorError(None, "its node died"), failures=3)
+    assert not starts_again(RayActorError(None, "its node died"), failures=4)
+    assert not starts_again(RayActorError(None, "ModuleNotFoundError", actor_init_failed=True))
+    assert not starts_again(RuntimeError("training worker 0 died; out of memory?"))

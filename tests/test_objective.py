@@ -42,7 +42,7 @@ def test_the_loss_depends_on_the_context_and_the_question(hpo, tokenizer, model)
     context, question, answer = ROW
     others = ("Nothing is known about it.", question), (context, "What is the name of the dog?")
     losses = [
-        loss_of(model, hpo.collate([hpo.encode(c, q, answer, tokenizer)], tokenizer.pad_token_id))
+        loss_of(model, hpo.collate([hpo.encode(c, q, answer, tokenizer)]))
         for c, q in ((context, question), *others)
     ]
     assert len({round(loss, 5) for loss in losses}) == 3
@@ -67,11 +67,11 @@ def test_the_answer_is_kept_and_the_prompt_gives_way(hpo, tokenizer, of_context,
 def test_a_batch_gives_the_loss_of_its_rows_whatever_the_padding_and_trimming(hpo, tokenizer, model):
     two = ("Anna is here.", "Anna"), ("By the river stands the old mill of Jonas Holm.", "Jonas Holm")
     rows = [hpo.encode(context, "Who?", answer, tokenizer) for context, answer in two]
-    alone = [loss_of(model, hpo.collate([row], tokenizer.pad_token_id)) for row in rows]
+    alone = [loss_of(model, hpo.collate([row])) for row in rows]
     tokens = [sum(label != -100 for label in row["labels"]) for row in rows]
     expected = sum(loss * n for loss, n in zip(alone, tokens, strict=True)) / sum(tokens)
-    trimmed = hpo.collate(rows, tokenizer.pad_token_id)
-    full = hpo.collate(rows, tokenizer.pad_token_id, trim_logits=False)
+    trimmed = hpo.collate(rows)
+    full = hpo.collate(rows, trim_logits=False)
     assert trimmed["labels"].shape[1] == trimmed["logits_to_keep"] == max(tokens) + 1 < full["labels"].shape[1]
     assert loss_of(model, trimmed) == pytest.approx(expected, abs=1e-5)
     assert loss_of(model, full) == pytest.approx(expected, abs=1e-5)
@@ -123,10 +123,20 @@ def test_the_best_result_is_the_lowest_report_of_any_epoch_of_a_trial_without_er
             {"eval_loss": loss, "epoch": float(i), "time_total_s": 10.0 * i, "config/train_loop_config/lr": lr}
             for i, loss in enumerate(losses, 1)
         ]
-        table = pandas.DataFrame(rows) if rows else None
-        return FakeResult(error=error, metrics=rows and rows[-1], metrics_dataframe=table)
+        return FakeResult(error=error, path="x", metrics=rows[-1], metrics_dataframe=pandas.DataFrame(rows))
 
-    failed, diverged, silent = trial(3, [0.1], error=RuntimeError()), trial(4, [float("nan")]), trial(5, [])
-    best = hpo.best_report([trial(1, [5.0, 2.0, 4.0]), trial(2, [3.0, 2.5]), failed, diverged, silent])
-    assert best == {"eval_loss": 2.0, "epoch": 2.0, "time_total_s": 20.0, "config": {"train_loop_config": {"lr": 1}}}
-    assert hpo.best_report([trial(1, [float("nan")]), trial(2, [])]) is None
+    def best(*results, trials=2):
+        return hpo.best_report(results, types.SimpleNamespace(NUM_SAMPLES=trials))
+
+    failed, diverged = trial(3, [0.1], error=RuntimeError()), trial(4, [float("nan")])
+    found = best(trial(1, [5.0, 2.0, 4.0]), trial(2, [3.0, 2.5]), failed, diverged, trials=4)
+    assert found == {"eval_loss": 2.0, "epoch": 2.0, "time_total_s": 20.0, "config": {"train_loop_config": {"lr": 1}}}
+    with pytest.raises(SystemExit, match="2 of 2 trials ran, 1 failed"):
+        best(failed, diverged)
+    with pytest.raises(SystemExit, match="1 of 2 trials ran, 0 failed"):
+        best(trial(1, [5.0]))
+    for saved in (None, trial(1, [5.0]).metrics_dataframe):  # Ray goes on when it cannot write to the run folder
+        cut = trial(1, [5.0, 2.0])
+        cut.metrics_dataframe = saved
+        with pytest.raises(SystemExit, match="lacks reports; is the disk full"):
+            best(cut, trial(2, [3.0]))

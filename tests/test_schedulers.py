@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO, SCRIPT, command_of, wait_for
+from conftest import REPO, SCRIPT, wait_for
 
 TESTS = Path(__file__).resolve().parent
 PBT = REPO / "scripts/raytune_hpo/raytune_pbt_scheduler/raytune_pbt_hpo.py"
@@ -32,26 +32,6 @@ def pbt(tmp_path):
     return mutating
 
 
-@pytest.fixture
-def private_ray():
-    """Environment that points to a Ray of this test's own, with room for one trial."""
-    folder = Path(f"/tmp/ray_{os.getpid()}")
-    environ = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
-    environ |= {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0", "--num-cpus=4",
-               "--dashboard-port=0", "--disable-usage-stats", '--resources={"trial_slot": 1}', f"--temp-dir={folder}",
-               "--node-ip-address=127.0.0.1"]  # fmt: skip
-    ray = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    file = folder / "ray_current_cluster"
-    yield environ | {"RAY_ADDRESS": wait_for(lambda: file.exists() and file.read_text().strip(), 90, "Ray to start")}
-    ray.send_signal(signal.SIGTERM)
-    ray.wait(60)
-    for process in Path("/proc").glob("[0-9]*"):
-        if f"{folder}/" in command_of(process.name):
-            os.kill(int(process.name), signal.SIGKILL)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def test_weights_pass_from_trial_to_trial_also_in_a_run_that_is_continued(pbt, private_ray, demo, tmp_path):
     """Mutations to a learning rate of nothing: after a copy the loss must stay what the donor's was at that epoch.
 
@@ -60,7 +40,7 @@ def test_weights_pass_from_trial_to_trial_also_in_a_run_that_is_continued(pbt, p
     """
     run_dir, log = tmp_path / "run", tmp_path / "log.txt"
     command = [sys.executable, pbt('{"lr": [1e-12]}'), "--run-dir", run_dir]
-    environ = private_ray | {
+    environ = os.environ | private_ray | {"PYTHONPATH": str(SCRIPT.parent)} | {
         "MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "TRAIN_SAMPLES": "32",
         "EVAL_SAMPLES": "16", "LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "BS_CHOICES": "2", "NUM_SAMPLES": "2",
         "NUM_EPOCHS": "8", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "2",

@@ -75,11 +75,11 @@ def child(variant, folder, samples, eval_samples, gpu):
 
     computed, ours = [], hpo.collate  # (tokens, positions with logits) of each batch
 
-    def collate(rows, pad_id, trim_logits=True):
-        batch = ours(rows, pad_id, trim_logits and variant == "ours")
+    def collate(rows, trim_logits=True):
+        batch = ours(rows, trim_logits and variant == "ours")
         if variant == "recipe":
             more = 512 - batch["input_ids"].shape[1]
-            fills = {"input_ids": pad_id, "attention_mask": 0, "labels": -100}
+            fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
             batch = {key: torch.nn.functional.pad(batch[key], (more, 0), value=fill) for key, fill in fills.items()}
         computed.append((batch["input_ids"].numel(), batch["labels"].numel()))
         return batch

@@ -56,8 +56,7 @@ VARIABLES = {  # name: (default, how its text is read, meaning)
 
 def read_settings(environ):
     """The variables as attributes. Raises ValueError for a text that is not a number."""
-    values = {name: read(environ.get(name, default)) for name, (default, read, _) in VARIABLES.items()}
-    return SimpleNamespace(**values)
+    return SimpleNamespace(**{k: read(environ.get(k, text)) for k, (text, read, _) in VARIABLES.items()})
 
 
 # ---- SEARCH SPACE AND SCHEDULER: edit here -----------------------------------------------------------------
@@ -84,7 +83,7 @@ def scheduler(s):
     )
 
 
-TRAINING_ARGUMENT = {"lr": "learning_rate", "per_device_bs": "per_device_train_batch_size",  # ours: its
+TRAINING_ARGUMENT = {"lr": "learning_rate", "per_device_bs": "per_device_train_batch_size",  # name: field
                      "wd": "weight_decay", "warmup_ratio": "warmup_steps"}  # below 1: a share of all steps
 
 
@@ -129,7 +128,7 @@ def encode(context, question, answer, tokenizer, max_length=512):
     return {"input_ids": prompt + target, "labels": [-100] * len(prompt) + target}
 
 
-def collate(rows, pad_id, trim_logits=True):
+def collate(rows, trim_logits=True):
     """Rows -> one batch: input_ids, attention_mask [b, n]; labels [b, k]; logits_to_keep = k.
     Two things save most of the work. Rows are padded on the left, only to the longest of the batch (n). And
     logits are computed for the last k positions alone, where the labels are (k = longest answer + 1): BLOOM's
@@ -137,7 +136,7 @@ def collate(rows, pad_id, trim_logits=True):
     """
     import torch
     n = max(len(row["input_ids"]) for row in rows)
-    ids, mask, labels = (torch.full((len(rows), n), fill) for fill in (pad_id, 0, -100))
+    ids, mask, labels = (torch.full((len(rows), n), fill) for fill in (0, 0, -100))  # padding is masked
     for i, row in enumerate(rows):
         start = n - len(row["input_ids"])
         ids[i, start:], labels[i, start:] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
@@ -156,7 +155,6 @@ DS_CONFIG = next((d / "ds_config.json" for d in FOLDERS if (d / "ds_config.json"
 
 def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
     """Trains one configuration for NUM_EPOCHS epochs, in each process of a data-parallel group or in one.
-
     After each epoch callbacks get the metric eval_answer_loss: the mean over all answer tokens, in nats.
     """
     import torch
@@ -177,12 +175,12 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
     ds_config = json.loads(DS_CONFIG.read_text()) if DS_CONFIG else None
     if ds_config and not gpu:
         ALL_OPS.pop("deepspeed_shm_comm", None)  # else DeepSpeed compiles a kernel; gloo does the same
-        ds_config["zero_optimization"] |= {"overlap_comm": False, "contiguous_gradients": False}  # GPUs gain
+        ds_config["zero_optimization"] |= {"overlap_comm": False, "contiguous_gradients": False}  # slower
     drawn = {TRAINING_ARGUMENT.get(name, name): value for name, value in hyperparameters.items()}
     fields = {
         "num_train_epochs": s.NUM_EPOCHS, "seed": s.SEED, "deepspeed": ds_config, "use_cpu": not gpu,
         "fp16": gpu,  # V100: fp16 in hardware, bf16 only emulated
-        "eval_strategy": "epoch", "per_device_eval_batch_size": 8,  # its size does not change the loss
+        "eval_strategy": "epoch", "per_device_eval_batch_size": 8,  # the loss does not depend on it
         "save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True,
         "output_dir": tempfile.gettempdir(), "remove_unused_columns": False, "dataloader_pin_memory": gpu,
     }
@@ -193,11 +191,10 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
     torch.manual_seed(s.SEED)
     safe = {"use_safetensors": True, "trust_remote_code": False}  # no code that comes with a model is run
     model = AutoModelForCausalLM.from_pretrained(s.MODEL_NAME, dtype=torch.float32, **safe)
-    pad_id = model.config.pad_token_id or 0  # any token: padding is masked
     trim_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
     trainer = Trainer(
         model, arguments, train_dataset=train_rows, eval_dataset=eval_rows, callbacks=list(callbacks),
-        data_collator=functools.partial(collate, pad_id=pad_id, trim_logits=trim_logits),
+        data_collator=functools.partial(collate, trim_logits=trim_logits),
         preprocess_logits_for_metrics=answer_losses,
         compute_metrics=lambda rows: {"answer_loss": numpy.divide(*rows.predictions.sum(0, dtype="float64"))},
     )
@@ -224,15 +221,14 @@ def train_loop_per_worker(config):
 
         def on_evaluate(self, args, state, control, metrics, **kwargs):
             loss = metrics["eval_answer_loss"]
-            # An infinite loss is reported as NaN: Tune then ends the trial, and no rung counts it.
-            loss = loss if math.isfinite(loss) else math.nan
+            loss = loss if math.isfinite(loss) else math.nan  # of NaN no rung takes account; the trial ends
             report({"eval_loss": loss, "epoch": float(round(state.epoch))})
 
     callbacks = [TuneReportCallback(), *config.pop("callbacks", [])]  # more of them: raytune_pbt_hpo.py
     fine_tune(config, s, *ray.get(data), callbacks)
 
 
-def run_trial(config, s, data, worker):
+def run_trial(config, s, data, worker, run_dir):
     """One trial: Ray Train starts W workers and passes on their reports. Tune may end it at any report."""
     from ray.train.torch import TorchTrainer
     TorchTrainer(
@@ -240,7 +236,8 @@ def run_trial(config, s, data, worker):
         train_loop_config=dict(config["train_loop_config"], settings=s, data=data[0], report=train.report),
         scaling_config=train.ScalingConfig(num_workers=s.WORKERS_PER_TRIAL, use_gpu="GPU" in worker,
                                            resources_per_worker=worker, placement_strategy="STRICT_PACK"),
-        run_config=train.RunConfig(storage_path=tempfile.mkdtemp(), callbacks=[ForwardReportsToTune()]),
+        run_config=train.RunConfig(name=tune.get_context().get_trial_id(), callbacks=[ForwardReportsToTune()],
+                                   storage_path=str(run_dir / "train")),
     ).fit()
 
 
@@ -253,21 +250,23 @@ def say(text, log=sys.stdout):  # one line of the log, with time and role
 
 
 def search(s, run_dir):
+    """Runs all trials -> Tune's results, one for each trial."""
     rows = load_squad(s)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the boxed table of trials
-    ours = {"RAY_ADDRESS": os.environ.get("RAY_ADDRESS", "auto")}  # for processes, if two Rays share a node
-    ray.init(ours["RAY_ADDRESS"], log_to_driver=False, runtime_env={"env_vars": ours})
+    address = {"RAY_ADDRESS": os.environ.get("RAY_ADDRESS", "auto")}  # Ray Train's helpers ask for it, too
+    ray.init(address["RAY_ADDRESS"], log_to_driver=False, runtime_env={"env_vars": address})
     deadline = time.monotonic() + s.WORKER_DEADLINE
     while not (resources := ray.cluster_resources()).get("trial_slot"):
         if time.monotonic() > deadline:
             sys.exit(f"ERROR: WORKER_DEADLINE={s.WORKER_DEADLINE}: no worker node joined in these seconds")
         time.sleep(0.1)
-    n, gpus = int(resources["trial_slot"]), s.GPUS_PER_WORKER if "GPU" in resources else 0
+    slots, gpus = int(resources["trial_slot"]), s.GPUS_PER_WORKER if "GPU" in resources else 0
     say(f"data: {len(rows[0])} training and {len(rows[1])} validation questions, from {s.SQUAD_DATA}")
-    say(f"cluster: {n} trial(s) at once, {s.WORKERS_PER_TRIAL} workers each, on {'GPUs' if gpus else 'CPUs'}")
+    on = "GPUs" if gpus else "CPUs"
+    say(f"cluster: {slots} trial(s) at once, {s.WORKERS_PER_TRIAL} workers each, on {on}")
     worker = {"CPU": s.CPUS_PER_WORKER} | ({"GPU": gpus} if gpus else {})  # what each needs
     data = ray.put(rows)  # once, for all trials
-    trial = tune.with_parameters(run_trial, s=s, data=[data], worker=worker)
+    trial = tune.with_parameters(run_trial, s=s, data=[data], worker=worker, run_dir=run_dir)
     plan = SimpleNamespace(
         make_tuner=tune.Tuner,
         trainable=tune.with_resources(trial, {"trial_slot": 1}),
@@ -290,12 +289,20 @@ def search(s, run_dir):
                            tune_config=plan.tune_config, run_config=plan.run_config).fit()
 
 
-def best_report(results):
-    """The lowest eval_loss of all reports of trials without error; None if there is none."""
-    tables = [result.metrics_dataframe for result in results if not result.error and result.metrics]
-    reports = [report for table in tables for report in table.dropna(subset="eval_loss").to_dict("records")]
-    if not reports:
-        return None
+def best_report(results, s):
+    """The lowest eval_loss of all reports of trials without error. Ends the program if none can be told."""
+    failed, reports = 0, []
+    for result in results:
+        saved = result.metrics_dataframe
+        if result.error:
+            failed += 1
+            say(f"FAILED {Path(result.path).name} (full trace: {result.path}/error.txt)")
+        elif saved is None or saved["epoch"].iloc[-1] != result.metrics["epoch"]:  # Ray ignores a full disk
+            sys.exit(f"ERROR: {result.path} lacks reports; is the disk full, or the quota reached?")
+        else:
+            reports += saved.dropna(subset="eval_loss").to_dict("records")
+    if not reports or len(results) < s.NUM_SAMPLES:
+        sys.exit(f"ERROR: {len(results)} of {s.NUM_SAMPLES} trials ran, {failed} failed")
     best = min(reports, key=lambda report: report["eval_loss"])
     drawn = {name.split("/")[-1]: best[name] for name in best if "/train_loop_config/" in name}
     best = {name: best[name] for name in ("eval_loss", "epoch", "time_total_s")}
@@ -306,14 +313,7 @@ def main():
     parser = argparse.ArgumentParser(usage=f"{sys.argv[0]} --run-dir DIR\n\n{__doc__}")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", required=True, help="folder for the results")
     run_dir, s = parser.parse_args().run_dir.resolve(), read_settings(os.environ)
-    results = search(s, run_dir)
-    failed = [result for result in results if result.error]
-    for result in failed:
-        say(f"FAILED {Path(result.path).name} (full trace: {result.path}/error.txt)")
-    best = best_report(results)
-    if not best or len(results) < s.NUM_SAMPLES:
-        sys.exit(f"ERROR: {len(results)} of {s.NUM_SAMPLES} trials ran, {len(failed)} failed")
-    print(f"Best Trial Result:\n{best}", flush=True)
+    print(f"Best Trial Result:\n{best_report(search(s, run_dir), s)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -69,10 +69,11 @@ def newest_state(folder):
 
 
 def lost_with_its_node(trial):
-    """Does a trial that ended with an error start again? An error in the training would only come again."""
+    """Does a trial that ended with an error start again? Any other error would only come again."""
     file = trial.pickled_error_file
     error = cloudpickle.loads(Path(file).read_bytes()) if file else None
-    return trial.run_metadata.num_failures <= trial.max_failures and isinstance(error, RayActorError)
+    lost = isinstance(error, RayActorError) and not error.actor_init_failed
+    return lost and trial.run_metadata.num_failures <= trial.max_failures
 
 
 class Remembering(TrialScheduler):
