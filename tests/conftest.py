@@ -138,7 +138,8 @@ def address_of(folder):
     return wait_for(lambda: file.exists() and file.read_text().strip(), 120, f"the Ray head in {folder}")
 
 
-ONE_SLOT = ("--head", "--port=0", "--dashboard-port=0", "--num-cpus=4", '--resources={"trial_slot": 1}')
+ONE_SLOT = ("--head", "--port=0", "--dashboard-port=0", "--ray-client-server-port=10000", "--num-cpus=4",
+            '--resources={"trial_slot": 1}')  # the client's own port, 10001, is for tests
 
 
 @pytest.fixture(scope="session")

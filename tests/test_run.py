@@ -1,11 +1,13 @@
 """The exercise as a student runs it: real Slurm or none, real Ray, real DeepSpeed training; then its log is read."""
 
+import contextlib
 import csv
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -268,12 +270,15 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
 
 
 def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(course, demo):
-    """Each with a Ray of its own on this machine."""
+    """Each with a Ray of its own on this machine, where another user's Ray has taken its usual ports."""
     environ = os.environ | SPACE | SMALL | {"NUM_SAMPLES": "3", "NUM_EPOCHS": "2", "WORKERS_PER_TRIAL": "1"}
     environ |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
     start = lambda: subprocess.Popen(["bash", HEAD], cwd=course, env=environ, text=True, stdout=subprocess.PIPE)
-    runs = [start(), start()]
-    logs = [run.communicate(timeout=600)[0] for run in runs]
+    with contextlib.ExitStack() as taken:
+        for port in (6379, 8265, 10001):
+            taken.enter_context(socket.create_server(("127.0.0.1", port)))
+        runs = [start(), start()]
+        logs = [run.communicate(timeout=600)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], logs
     assert "stopped    by ASHA after epoch 1" in logs[0] and job_of(logs[0]) != job_of(logs[1])
     for log in logs:

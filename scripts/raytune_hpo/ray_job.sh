@@ -72,6 +72,8 @@ node_address() {                                       # the address other nodes
     fi
 }
 
+free_port() { python -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])'; }
+
 count_gpus() {                                         # GPUs that PyTorch can use here, not those that Slurm promises
     local gpus
     python -c 'import importlib.util; raise SystemExit(not importlib.util.find_spec("torch"))' ||
@@ -216,11 +218,10 @@ wait_until() {
     local limit=$1 what=$2 start=$SECONDS next=10
     shift 2
     until "$@"; do
-        local waited=$((SECONDS - start))
-        ((waited < limit)) || fail "waited $limit s for $what; giving up"
-        if ((waited >= next)); then
-            next=$((waited / 60 * 60 + 60))
-            say "waiting for $what: $waited s of $limit s"
+        ((SECONDS - start < limit)) || fail "waited $limit s for $what; giving up"
+        if ((SECONDS - start >= next)); then           # no $(...) each time: a signal then is a syntax error to bash 5.2
+            say "waiting for $what: $((SECONDS - start)) s of $limit s"
+            next=$(((SECONDS - start) / 60 * 60 + 60))
         fi
         sleep 0.2
     done

@@ -312,8 +312,8 @@ def best_report(results, s):
 def main():
     parser = argparse.ArgumentParser(usage=f"{sys.argv[0]} --run-dir DIR\n\n{__doc__}")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", required=True, help="folder for the results")
-    run_dir, s = parser.parse_args().run_dir.resolve(), read_settings(os.environ)
-    print(f"Best Trial Result:\n{best_report(search(s, run_dir), s)}", flush=True)
+    run_dir, s, log = parser.parse_args().run_dir.resolve(), read_settings(os.environ), sys.stdout
+    print(f"Best Trial Result:\n{best_report(search(s, run_dir), s)}", file=log, flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ SHORT_NAMES = {"AsyncHyperBandScheduler": "ASHA"}  # Ray's own name of the class
 
 def improve(plan):
     """Adds the lines and the table to the plan."""
-    sys.stdout = sys.stderr  # while trials run: what libraries print is not for the log
+    sys.stdout = sys.stderr  # what libraries print is not for the log
     # What Ray logs of a failed trial is told below, and its trace is in error.txt.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     chosen = plan.tune_config.scheduler
@@ -95,9 +95,6 @@ class TrialLines(tune.Callback):
     def on_trial_error(self, iteration, trials, trial, **info):
         say(f"{trial}  FAILED     {cause_of(Path(trial.error_file).read_text() if trial.error_file else '')}")
         self.count(trial, trials)
-
-    def on_experiment_end(self, trials, **info):
-        sys.stdout = LOG
 
     def count(self, trial, trials):
         self.ended = self.ended or {each.trial_id for each in trials if each.is_finished()}  # if a run is continued
