@@ -22,7 +22,7 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
+import uuid
 from pathlib import Path
 
 MAX_QUESTIONS = 20_000  # per file; the sentences below combine to 77,760 contexts of two questions each
@@ -264,13 +264,16 @@ def install(out: Path, options: dict) -> int | None:
     if is_made(out, options):
         return None
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
-        parameters = make_demo(Path(beside, "new"), options)
+    beside = out.parent / f".{out.name}.{uuid.uuid4().hex}"
+    try:  # from before the folder is made, so that a signal at any moment leaves none
+        parameters = make_demo(beside / "new", options)
         if is_made(out, options):  # another process was faster
             return None
         if out.exists():
-            out.rename(Path(beside, "old"))
-        Path(beside, "new").rename(out)
+            out.rename(beside / "old")
+        (beside / "new").rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return parameters
 
 
