@@ -109,8 +109,10 @@ def run(address, folder, script, **settings):
 # ----------------------------------------------------------------------------------------------------------
 # In the driver
 # ----------------------------------------------------------------------------------------------------------
-def drive(address, folder, script, *, w=1, light=True, kept=False, epochs=2, demo=None):
-    """The script's trials one after another: Tune, fast_trials and, if asked for, run_state."""
+def drive(address, folder, script, *, w=1, light=True, kept=False, epochs=2, demo=None, others_gpus=0):
+    """The script's trials one after another: Tune, fast_trials and, if asked for, run_state.
+
+    others_gpus: how many of the claimed GPUs somebody else holds; then each process gets one of the others."""
     import fast_trials
     import ray
     import raytune_asha_hpo as hpo
@@ -129,6 +131,9 @@ def drive(address, folder, script, *, w=1, light=True, kept=False, epochs=2, dem
     rows = [] if light else hpo.load_squad(s)
     ray.init(address, log_to_driver=False, runtime_env={"env_vars": {"RAY_ADDRESS": address}})
     folder.mkdir(exist_ok=True)
+    other = ray.remote(num_cpus=0, num_gpus=others_gpus)(SimpleNamespace)
+    others = [other.remote()] if others_gpus else []
+    ray.get([one.__ray_ready__.remote() for one in others])
     plan = SimpleNamespace(
         make_tuner=tune.Tuner,
         param_space={"train_loop_config": tune.grid_search(script)},
@@ -141,7 +146,11 @@ def drive(address, folder, script, *, w=1, light=True, kept=False, epochs=2, dem
             verbose=0,
         ),
         context=SimpleNamespace(
-            s=s, run_dir=folder, data=ray.put(rows), loop=pretend if light else train, worker={"CPU": 1}
+            s=s,
+            run_dir=folder,
+            data=ray.put(rows),
+            loop=pretend if light else train,
+            worker={"CPU": 1} | ({"GPU": 1} if others else {}),
         ),
     )
     original, fast_trials.WarmTrial = fast_trials.WarmTrial, hurt_trial(light)
@@ -179,6 +188,7 @@ def drive(address, folder, script, *, w=1, light=True, kept=False, epochs=2, dem
                 "states": [row["process"] for row in rows],
                 "first": [row.get("first") for row in rows],
                 "trial": [row["trial"] for row in rows],
+                "seen": [row.get("seen") for row in rows],
                 "error": Path(result.path, "error.txt").read_text() if result.error else None,
                 "seconds": ended[name] - begun[name],
                 "lost": lost.count(name),
@@ -197,7 +207,11 @@ def hurt_trial(light):
         def prepare(self):
             sys.modules["deepspeed"], sys.modules["transformers"] = ModuleType("deepspeed"), ModuleType("transformers")
             sys.modules["transformers"].Trainer, sys.modules["deepspeed"].DeepSpeedEngine = None, ModuleType
+            self.before = sees()
             return super().prepare()
+
+        def start(self, train_loop, config):
+            super().start(train_loop, config | {"before": self.before})
 
     base = Light if light else fast_trials.TrainingProcess
     base.__name__ = "TrainingProcess"
@@ -291,15 +305,26 @@ def state():
     return found
 
 
+def sees():
+    """The GPUs that Ray gives this process, those that it sees, and whether PyTorch has been imported or woken one."""
+    import ray
+
+    torch = sys.modules.get("torch")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["LOCAL_RANK"]
+    return [ray.get_gpu_ids(), *visible, torch and torch.cuda.is_initialized()]
+
+
 def pretend(config):
     """A training that trains nothing, but asks the other ranks at each epoch. Its loss tells the draw and the epoch."""
     import torch
 
-    words, report = prepared(config)
+    before, (words, report) = config.pop("before"), prepared(config)
+    seen = [None] * int(os.environ["WORLD_SIZE"])
+    torch.distributed.all_gather_object(seen, [before, sees()])
     try:
         for epoch in range(1, config.get("num_train_epochs", config["settings"].NUM_EPOCHS) + 1):
             torch.distributed.all_reduce(torch.ones(1))
-            report({"eval_loss": config["lr"] + 1 / epoch, "epoch": float(epoch)})
+            report({"eval_loss": config["lr"] + 1 / epoch, "epoch": float(epoch), "seen": seen})
     finally:
         if words["unwind"]:
             fail(words["unwind"])
@@ -486,20 +511,55 @@ def test_no_process_outlives_a_driver_that_is_killed(address, tmp_path):
     wait_for(lambda: not of_trials(), 20, "the processes to end with their driver")
 
 
-def test_a_trial_whose_node_is_lost_starts_again_on_another(address, tmp_path):
-    """Two trials hold, one on each node; all of one node's processes get TERM, then the trials may go on."""
-    flag, root = tmp_path / "go on", f"{ROOT}b"
-    options = [f"--address={address}", "--num-cpus=2", '--resources={"trial_slot": 1}', f"--temp-dir={root}"]
+@contextlib.contextmanager
+def second_node(address, slots, *options):
+    """Another node for as long as needed. -> the mark of its processes"""
+    root = f"{ROOT}b"
+    mark = f"WARM_NODE={root}"
+    options = [f"--address={address}", f'--resources={{"trial_slot": {slots}}}', f"--temp-dir={root}", *options]
     node = start_ray(*options, log=f"{root}.log", environ=ENVIRON | {"WARM_NODE": root})
-    driver, mark = None, f"WARM_NODE={root}"
     try:
         wait_for(lambda: "Ray runtime started" in Path(f"{root}.log").read_text(), 90, "the node")
+        yield mark
+    finally:
+        end_ray(node)
+        for pid in marked(mark):
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(root, ignore_errors=True)
+        os.unlink(f"{root}.log")
+
+
+def test_each_process_is_bound_to_a_gpu_of_its_own_before_it_imports_anything(address, tmp_path):
+    """Twelve claimed GPUs, eight of them another's: two trials at once get 8 to 11, whose order as text is another."""
+    with second_node(address, 2, "--num-cpus=4", "--num-gpus=12"):
+        flag = tmp_path / "go on"
+        holding = [{"lr": float(i), "fault": {"how": "hold", "flag": str(flag)}} for i in range(2)]
+        driver = driver_of(address, tmp_path, holding, w=2, others_gpus=8)
+        try:
+            wait_for(lambda: sum("next_report" in command for command in of_trials().values()) == 2, 180, "both trials")
+            flag.touch()
+            trials = ended(driver, tmp_path)
+        finally:
+            driver.kill()
+    assert [trial["error"] for trial in trials] == [None, None]
+    processes = [process for trial in trials for process in trial["seen"][0]]
+    assert sorted(gpu for _, now in processes for gpu in now[0]) == [8, 9, 10, 11]
+    for before, now in processes:
+        (gpu,) = now[0]
+        assert before == [[gpu], str(gpu), "0", None] and now == [[gpu], str(gpu), "0", False]
+
+
+def test_a_trial_whose_node_is_lost_starts_again_on_another(address, tmp_path):
+    """Two trials hold, one on each node; all of one node's processes get TERM, then the trials may go on."""
+    flag = tmp_path / "go on"
+    with second_node(address, 1, "--num-cpus=2") as mark, contextlib.ExitStack() as stack:
         driver = driver_of(
             address,
             tmp_path,
             [{"lr": float(i), "fault": {"how": "hold", "flag": str(flag)}} for i in range(2)],
             kept=True,
         )
+        stack.callback(driver.kill)
         wait_for(
             lambda: sum("next_report" in command for command in of_trials().values()) == 2, 180, "both trials to train"
         )
@@ -511,14 +571,6 @@ def test_a_trial_whose_node_is_lost_starts_again_on_another(address, tmp_path):
         wait_for(lambda: not any(map(psutil.pid_exists, there)), 30, "the lost node's trial to end")
         flag.touch()
         trials = ended(driver, tmp_path)
-    finally:
-        if driver:
-            driver.kill()
-        end_ray(node)
-        for pid in marked(mark):
-            os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(root, ignore_errors=True)
-        os.unlink(f"{root}.log")
     assert [trial["error"] for trial in trials] == [None, None]
     assert sorted(trial["lost"] for trial in trials) == [0, 1]
     assert all(trial["losses"][-2:] == [i + 1.0, i + 0.5] for i, trial in enumerate(trials))

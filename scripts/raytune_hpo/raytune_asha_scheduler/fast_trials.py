@@ -1,4 +1,5 @@
-"""Warm trials. Without this file every trial starts new processes, and a run takes several times as long.
+"""Warm trials. Without this file every trial starts new processes, and a run takes several times as long; and on a
+node with more than ten GPUs Ray Train mixes them up, as it sorts their numbers as text.
 
 The W training processes of a slot live from trial to trial, with what they have imported and their process
 group. Tune's `reuse_actors=True` hands a WarmTrial the next configuration, which it passes to its W processes,
@@ -160,7 +161,7 @@ class TrainingProcess:
         os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
         if self.rank > 0:
             self.store = distributed.TCPStore(*address, self.number, timeout=seconds(JOIN_SECONDS))
-        backend = "nccl" if ray.get_gpu_ids() else "gloo"
+        backend = "nccl" if ray.get_gpu_ids() and distributed.is_nccl_available() else "gloo"
         distributed.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.number)
 
     def start(self, train_loop, config):
