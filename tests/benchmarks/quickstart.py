@@ -82,6 +82,7 @@ def main():
         text, line = script.read_text(), "\n    callbacks = ["
         assert text.count(line) == 1
         script.write_text(text.replace(line, FIRST_STEP))
+        workers = os.environ.get("WORKERS_PER_TRIAL", "2")
         environ = os.environ | DEMO | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
 
         imports = min(timed([sys.executable, "-c", IMPORT]) for _ in range(3))
@@ -97,9 +98,9 @@ def main():
         first = [float(line) for line in steps.read_text().split()][1:]
         between = [begin - end for end, begin in zip(sorted(last.values()), first)]
         (Path(folder) / "trials.json").write_text(json.dumps(trials))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"]
         alone = environ | dict(zip(SETTINGS, ("1", "0", "-1", "error"), strict=True)) | {"OMP_NUM_THREADS": "1"}
-        limit = timed([*torchrun, "--child", f"{folder}/trials.json"], env=alone)
+        limit = timed([*torchrun, __file__, "--child", f"{folder}/trials.json"], env=alone)
 
     show = functools.partial("{:.1f}".format)
     print("| | s | imports | limits |\n|---|---|---|---|")
@@ -112,7 +113,8 @@ def main():
     middle, low, high = statistics.median(between), min(between), max(between)
     spread = f"{middle:.2f} s ({low:.2f} to {high:.2f})"
     print(f"\nturnover: {spread}, median of {len(between)}, {middle / imports:.2f} imports")
-    print(f"({len(trials)} trials, 2 workers each, seed 42, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')})")
+    cores = f"{os.cpu_count()} cores"
+    print(f"({len(trials)} trials, {workers} worker(s) each, seed 42, {cores}, {time.strftime('%Y-%m-%d')})")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
     .venv/bin/python tests/benchmarks/training_step.py --runs 1    # about 2 minutes
 
 Both train with fine_tune of raytune_asha_hpo.py: the same samples in the same order, seed, optimizer and fp32. Each run
-is a torchrun of its own, so its peak memory is its own. The model has BLOOM's 250,880 words and random weights: on CPU
-6 layers of 256 (69 million parameters), on a GPU (--gpu) the 560M configuration in fp16. The tokenizer is learnt from
-the texts: SQuAD if it is in ../shared/squad, else the demo's. Nothing else should run on the machine.
+is a torchrun of its own, so its peak memory is its own. The model has BLOOM's 250,880 words and random weights in
+6 layers of 256 (69 million parameters). The tokenizer is learnt from the texts: SQuAD if it is in ../shared/squad, else
+the demo's. Nothing else should run on the machine. For GPUs: gpu.sh.
 """
 
 import argparse
@@ -67,20 +67,24 @@ def matmul_flops(gpu):
     return best
 
 
-def child(variant, folder, samples, eval_samples, gpu):
+def padded_to_512(batch):
+    """A batch as the recipe pads it."""
+    import torch
+
+    more = 512 - batch["input_ids"].shape[1]
+    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {key: torch.nn.functional.pad(batch[key], (more, 0), value=fill) for key, fill in fills.items()}
+
+
+def child(variant, folder, samples, eval_samples):
     """One worker of one run; writes what it measured to FOLDER/<rank>.json."""
     hpo = load_module(SCRIPT)
-    import torch
     from transformers import TrainerCallback
 
     computed, ours = [], hpo.collate  # (tokens, positions with logits) of each batch
 
-    def collate(rows, trim_logits=True):
-        batch = ours(rows, trim_logits and variant == "ours")
-        if variant == "recipe":
-            more = 512 - batch["input_ids"].shape[1]
-            fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-            batch = {key: torch.nn.functional.pad(batch[key], (more, 0), value=fill) for key, fill in fills.items()}
+    def collate(rows, accepted=()):
+        batch = ours(rows, accepted) if variant == "ours" else padded_to_512(ours(rows, ()))
         computed.append((batch["input_ids"].numel(), batch["labels"].numel()))
         return batch
 
@@ -99,8 +103,6 @@ def child(variant, folder, samples, eval_samples, gpu):
             self.start = time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            if gpu:
-                torch.cuda.synchronize()
             steps.append(time.perf_counter() - self.start)
 
         def on_log(self, args, state, control, logs=None, **__):
@@ -113,18 +115,19 @@ def child(variant, folder, samples, eval_samples, gpu):
             self.width = model.config.hidden_size
 
     settings = {"MODEL_NAME": str(folder / "model"), "SQUAD_DATA": os.environ["SQUAD_DATA"], "NUM_EPOCHS": "1",
-                "TRAIN_SAMPLES": str(samples), "EVAL_SAMPLES": str(eval_samples), "GPUS_PER_WORKER": str(int(gpu)),
+                "TRAIN_SAMPLES": str(samples), "EVAL_SAMPLES": str(eval_samples), "GPUS_PER_WORKER": "0",
                 "SEED": str(SEED)}  # fmt: skip
     settings = hpo.read_settings(settings)
     measure = Measure()
     hyperparameters = {"lr": 2e-5, "per_device_bs": BATCH, "wd": 0.01} | more
     hpo.fine_tune(hyperparameters, settings, *hpo.load_squad(settings), [measure])
-    memory = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     words = VOCABULARY * measure.width
     body = measure.parameters - words
     tokens, positions = (statistics.mean(column) for column in zip(*computed[1 : len(steps)], strict=True))
-    result = {"steps": steps[1:], "losses": losses, "eval": evaluations[0], "memory": memory, "tokens": tokens,
-              "positions": positions, "flops": 6 * (body * tokens + words * positions), "matmul": matmul_flops(gpu)}
+    result = {"steps": steps[1:], "losses": losses, "eval": evaluations[0], "memory": memory,
+              "tokens": tokens, "positions": positions, "flops": 6 * (body * tokens + words * positions),
+              "matmul": matmul_flops(gpu=False)}  # fmt: skip
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
 
 
@@ -136,7 +139,6 @@ def run(variant, folder, a):
         environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={a.workers}", __file__]
     command += ["--child", variant, str(folder), "--samples", str(a.samples), "--eval-samples", str(a.eval_samples)]
-    command += ["--gpu"] if a.gpu else []
     done = subprocess.run(command, env=environ, text=True, check=False, capture_output=True)
     if done.returncode:
         raise SystemExit(f"ERROR: {variant} ended with exit status {done.returncode}\n{done.stderr[-3000:]}")
@@ -154,21 +156,14 @@ def main():
     parser.add_argument("--samples", type=int, default=16, help="training questions, 2 a worker and step (default 16)")
     parser.add_argument("--eval-samples", type=int, default=8, help="validation questions (default 8)")
     parser.add_argument("--workers", type=int, default=2, help="processes, as WORKERS_PER_TRIAL (default 2)")
-    parser.add_argument("--gpu", action="store_true", help="the 560M configuration in fp16, one GPU a worker")
     parser.add_argument("--child", nargs=2, metavar=("VARIANT", "FOLDER"), help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.child:
-        child(a.child[0], Path(a.child[1]), a.samples, a.eval_samples, a.gpu)
+        child(a.child[0], Path(a.child[1]), a.samples, a.eval_samples)
         return
     if min(a.runs, a.eval_samples, a.workers) < 1 or a.samples < 2 * BATCH * a.workers:
         least = f"give at least {2 * BATCH * a.workers}, two steps; and --runs, --eval-samples and --workers at least 1"
         parser.error(f"--samples {a.samples}: {least}")
-    import torch
-
-    gpus = torch.cuda.device_count()
-    if a.gpu and gpus < a.workers:
-        fix = f"give --workers {max(gpus, 1)}, or leave --gpu out"
-        parser.error(f"--gpu: PyTorch sees {gpus} GPUs for {a.workers} workers; {fix}")
     runs = {"recipe": [], "ours": []}
     with tempfile.TemporaryDirectory() as folder:
         folder, squad = Path(folder), REPO.parent / "shared/squad"
@@ -177,12 +172,12 @@ def main():
             subprocess.run(make_demo, check=True, stdout=subprocess.DEVNULL)
             squad = folder / "demo/squad"
         os.environ["SQUAD_DATA"] = str(squad)
-        make_model(load_module(SCRIPT), folder / "model", squad, BLOOM_560M if a.gpu else SMALL)
+        make_model(load_module(SCRIPT), folder / "model", squad, SMALL)
         for _ in range(a.runs):
             for variant, found in runs.items():
                 found.append(run(variant, folder, a))
 
-    hardware = "GPU, 560M, fp16" if a.gpu else f"{os.cpu_count()} cores, no GPU, 69M, fp32"
+    hardware = f"{os.cpu_count()} cores, no GPU, 69M, fp32"
     print(f"\n{a.workers} worker(s), {hardware}, {a.samples} samples, seed {SEED}, {a.runs} run(s)\n")
     print("| | recipe | ours | ratio |\n|---|---|---|---|")
 

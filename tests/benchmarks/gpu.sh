@@ -1,0 +1,41 @@
+#!/bin/bash
+# What the exercise makes of this machine's GPUs: precisions, training step, memory, turnover. One table each.
+#
+#   bash tests/benchmarks/gpu.sh             # at most ten minutes; one GPU is enough, two are used
+#
+# The model is BLOOM's 560M configuration with random weights, made here: nothing is downloaded. Nothing else should run.
+set -euo pipefail
+
+REPO=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+if [[ -x $REPO/.venv/bin/python ]]; then
+    export PATH="$REPO/.venv/bin:$PATH"
+fi
+# shellcheck source=SCRIPTDIR/../../scripts/raytune_hpo/ray_job.sh
+source "$REPO/scripts/raytune_hpo/ray_job.sh"
+WORK=$(mktemp -d)
+trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$WORK"' EXIT
+
+GPUS=$(find_gpus | cut -d' ' -f1)
+((GPUS > 0)) || fail "no GPU that PyTorch can use on this machine"
+W=$((GPUS > 1 ? 2 : 1))
+prepare_training
+date +%F
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | head -n "$W"
+python -c 'import torch, deepspeed, ray, transformers as t; print("torch", torch.__version__, "deepspeed", deepspeed.__version__, "ray", ray.__version__, "transformers", t.__version__)' 2>/dev/null
+
+torchrun --standalone --nproc_per_node="$W" "$REPO/tests/benchmarks/gpu.py" "$WORK" 2>"$WORK/errors" ||
+    fail "gpu.py: $(grep -E '^[A-Za-z_.]*Error|^ERROR' "$WORK/errors" | tail -n 1)"
+
+echo
+echo "A search with that model, three trials of up to two epochs: memory of the first card, each 0.2 s"
+echo
+(while sleep 0.2; do nvidia-smi --id=0 --query-gpu=memory.used --format=csv,noheader,nounits; done) >"$WORK/memory" &
+(
+    export MODEL_NAME=$WORK/model SQUAD_DATA=$WORK/squad TRAIN_SAMPLES=64 EVAL_SAMPLES=16 NUM_SAMPLES=3 NUM_EPOCHS=2 WORKERS_PER_TRIAL=$W
+    cd "$REPO/experiments/raytune/scheduler/asha"
+    bash head_node_raytune_asha_hpo.slurm | grep -E 'ERROR|this node|search \|'
+)
+echo "MiB, and how many looks in a row found it: $(uniq -c "$WORK/memory" | awk '{ printf "%s%s (%s)", sep, $2, $1; sep = ", " }')"
+
+echo
+WORKERS_PER_TRIAL=$W python "$REPO/tests/benchmarks/quickstart.py"
