@@ -25,8 +25,8 @@ WORKER=$EXERCISE/worker_node_raytune_asha_hpo.slurm
 JOB=${SLURM_JOB_ID:-local-$(date +%m%d-%H%M%S)-$$} ROLE="login" RUN_DIR="" WAIT=10
 GPUS=0 TRIALS=1 NEXT_LOOK=0 STATE=""
 # shellcheck source=SCRIPTDIR/raytune_hpo/ray_job.sh
-source "$REPO/scripts/raytune_hpo/ray_job.sh"                # what a run does: node_address, count_gpus, prepare_ray ...
-export -f node_address count_gpus fail                       # so that timeout can end them
+source "$REPO/scripts/raytune_hpo/ray_job.sh"                # what a run does: node_address, find_gpus, prepare_ray ...
+export -f node_address find_gpus on_slurm fail                       # so that timeout can end them
 export PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$REPO/scripts/raytune_hpo${PYTHONPATH:+:$PYTHONPATH}"
 
 # ---- Lines -----------------------------------------------------------------------------------------------------------
@@ -184,15 +184,15 @@ check_socket() {                                             # the longest name 
     fi
 }
 
-check_gpus() {                                               # count_gpus computes on each; sets GPUS
+check_gpus() {                                               # find_gpus computes on each; sets GPUS
     local promised=${SLURM_GPUS_ON_NODE:-0} build said
     build=$(timeout 120 python -c '
 import torch
 cards = {"%s sm_%d%d" % (torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}
 print("torch", torch.__version__, "for", " ".join(torch.cuda.get_arch_list()) or "CPUs alone", "on", ", ".join(cards) or "no GPU")' 2>&1)
-    if ! said=$(timeout 120 bash -c count_gpus 2>&1); then
+    if ! said=$(timeout 120 bash -c find_gpus 2>&1); then
         failed "GPUs: $(last "${said:-no answer within 120 s}"); this is $(last "$build")"
-    elif GPUS=$said && ((GPUS < promised)); then
+    elif GPUS=${said%% *} && ((GPUS < promised)); then
         warning "GPUs: PyTorch uses $GPUS of the $promised that Slurm gives ($(last "$build")); fix: if this node has them, look at nvidia-smi"
     else
         ok "GPUs: PyTorch computes on $GPUS ($(last "$build"))"

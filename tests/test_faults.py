@@ -177,7 +177,7 @@ def test_replacements_have_an_end_and_each_worker_that_cannot_work_says_why(clus
 case $(ls logs/ray_worker_*.out | wc -l) in
     2) export PATH={bare} ;;
     3) export PATH={tmp_path}/venv/bin:$PATH ;;
-    4) touch {driver} ;;
+    4) touch {driver}; export SLURM_GPUS_ON_NODE=1 ;;
 esac
 set -euo pipefail
 """))

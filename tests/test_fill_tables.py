@@ -537,6 +537,14 @@ def test_runs_that_are_not_comparable(tmp_path, name):
     assert f"NOT COMPARABLE: {name} is 7 in 5 and" in text and "runs are comparable" not in text
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_runs_in_another_precision_are_not_comparable(tmp_path, precision):
+    grid = manual_log(f"10:00:01 manual n1 | this node: 20 CPUs, 2 GPUs (NVIDIA A100), {precision}", *GRID)
+    _, text = compare(tmp_path, grid, SEARCH.replace("8 GPUs,", "8 GPUs (NVIDIA A100), bf16,"))
+    assert ("NOT COMPARABLE: the precision is fp16 in 5 and bf16 in 77." in text) == (precision == "fp16")
+    assert ("workers and precision: the runs are comparable" in text) == (precision == "bf16")
+
+
 def test_a_grid_that_was_continued_costs_all_its_runtimes(tmp_path):
     rows, text = compare(tmp_path, manual_log(*GRID, finish="10:04:00"))
     assert rows[0]["runtime"] == "0:06:40" and rows[0]["GPU-minutes"] == "13.3" and "was resumed" in text

@@ -1,11 +1,12 @@
 """The objective: what the model is asked to learn, and what eval_loss measures."""
 
+import inspect
 import json
 import types
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +72,43 @@ def test_a_batch_gives_the_loss_of_its_rows_whatever_the_padding_and_trimming(hp
     tokens = [sum(label != -100 for label in row["labels"]) for row in rows]
     expected = sum(loss * n for loss, n in zip(alone, tokens, strict=True)) / sum(tokens)
     trimmed = hpo.collate(rows)
-    full = hpo.collate(rows, trim_logits=False)
+    full = hpo.collate(rows, accepted=())
     assert trimmed["labels"].shape[1] == trimmed["logits_to_keep"] == max(tokens) + 1 < full["labels"].shape[1]
     assert loss_of(model, trimmed) == pytest.approx(expected, abs=1e-5)
     assert loss_of(model, full) == pytest.approx(expected, abs=1e-5)
+
+
+SHAPES = ({"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+           "intermediate_size": 64, "head_dim": 8},
+          {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4})  # fmt: skip
+OWN_SHAPES = {"gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_heads": 4},
+              "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}}  # fmt: skip
+
+
+KINDS = ("bloom", "gpt2", "gpt_neo", "gptj", "opt", "llama", "qwen2", "gpt_neox", "gemma2", "mamba")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_gives_the_losses_and_gradients_of_its_rows_whatever_the_kind_of_model(hpo, kind):
+    """Some count positions from the first token of the row, padding included, unless they are told them."""
+    shape = SHAPES[kind in ("gpt2", "gptj")] | OWN_SHAPES.get(kind, {})
+    ends = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=64, **shape, **ends)).eval()
+    accepted = tuple(inspect.signature(model.forward).parameters)
+    rows = []
+    for n, answer in ((9, 3), (31, 5), (17, 4)):
+        ids = torch.randint(2, 64, (n,)).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (n - answer) + ids[-answer:]})
+
+    def found(batch, weight):
+        model.zero_grad()
+        (loss := model(**hpo.collate(batch, accepted)).loss * weight).backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    together, alone = found(rows, 12), [found([row], weight) for row, weight in zip(rows, (3, 5, 4), strict=True)]
+    assert together[0] == pytest.approx(sum(loss for loss, _ in alone), rel=1e-5)
+    assert torch.allclose(together[1], sum(gradient for _, gradient in alone), atol=1e-4)
 
 
 def settings(hpo, demo, squad, **changes):

@@ -5,7 +5,9 @@ may depend on the trainings before it.
 """
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,9 @@ CHANGES = [{}, {"lr": 2e-3}, {"per_device_bs": 1}, {"wd": 0.5}, {"warmup_ratio":
            {"max_grad_norm": 0.01, "adam_epsilon": 1e-3}]  # fmt: skip
 FROZEN = {"lr": 1e-12}  # training changes nothing, so the loss is that of the model as it is stored
 ONE_STEP = {"per_device_bs": 4, "lr": 1e-2}  # four samples a step in one process
+
+
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def train(demo, processes, trainings):
@@ -33,13 +38,36 @@ def train(demo, processes, trainings):
     return dict(zip(trainings, results, strict=True))
 
 
+def strong_scores(source, folder):
+    """The model with scores of about -40 in the head where distance counts least. -> the new folder"""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(source, folder)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    heads, size = model.config.n_head, model.config.hidden_size // model.config.n_head
+    with torch.no_grad():
+        query, key = model.transformer.h[0].self_attention.query_key_value.bias.view(heads, 3, size)[-1, :2]
+        query += (40 / size**0.5) ** 0.5
+        key -= (40 / size**0.5) ** 0.5
+    model.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
-def one(demo):
+def one(demo, tmp_path_factory):
     """Results of trainings in one process."""
     plain = {f"plain {i}": change | {"engine": "none"} for i, change in enumerate(CHANGES)}
     ours = {f"deepspeed {i}": change for i, change in enumerate(CHANGES)}
     stages = {f"stage {stage}": ONE_STEP | {"engine": stage} for stage in (2, 3)}
-    return train(demo, 1, plain | ours | {"again": {}} | {"frozen": FROZEN} | stages)
+    precisions = {precision: {"precision": precision} for precision in PRECISIONS}
+    steep = {"lr": 1e4, "num_train_epochs": 3}
+    diverging = {f"{precision}, far too fast": steep | {"precision": precision} for precision in ("bf16", "fp16")}
+    model = strong_scores(demo / "model", tmp_path_factory.mktemp("strong") / "model")
+    strong = FROZEN | {"model": model}
+    strong = {f"{precision}, strong scores": strong | {"precision": precision} for precision in PRECISIONS}
+    more = precisions | diverging | strong
+    return train(demo, 1, plain | ours | {"again": {}} | {"frozen": FROZEN} | more | stages)
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +119,24 @@ def test_eval_loss_is_the_exact_mean_over_answer_tokens(demo, hpo, one, two):
         tokens += (target != -100).sum().item()
     for world in (one, two):
         assert world["frozen"]["eval_loss"][0] == pytest.approx(loss_sum / tokens, abs=1e-5)
+
+
+def test_each_precision_learns_the_same_and_loses_no_step(one):
+    for precision, kind in zip(PRECISIONS, ("float32", "bfloat16", "float16"), strict=True):
+        assert one[precision]["computes in"] == f"torch.{kind}" and one[precision]["skipped"] == 0
+        assert one[precision]["eval_loss"] == pytest.approx(one["fp32"]["eval_loss"], rel=2e-3)
+    assert one["deepspeed 0"]["computes in"] == "torch.float32"  # auto, on CPUs
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_training_that_diverges_says_so_by_its_loss_in_each_precision(one, precision):
+    """In fp16 DeepSpeed raises an error of its own when the loss scale cannot become smaller: no failure either."""
+    found = one[f"{precision}, far too fast"]
+    assert math.isnan(found["eval_loss"][-1]) and found["epoch"] in (1, 2, 3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_padding_does_not_overflow_in_a_head_of_strong_scores(one, precision):
+    """fp16: the usual mask of -65,504 and a score of -40 are -inf, and a row of padding is NaN, which spreads."""
+    found = one[f"{precision}, strong scores"]["eval_loss"]
+    assert found == pytest.approx(one["fp32, strong scores"]["eval_loss"], rel=2e-3)

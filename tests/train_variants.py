@@ -3,7 +3,8 @@
     torchrun --standalone --nproc_per_node=2 train_variants.py MODEL SQUAD TRAINING...
 
 TRAINING: a JSON dict of hyperparameters. Its key "engine", if any, is "none" (training without DeepSpeed) or a ZeRO
-stage instead of the shipped one. Those with "none" come first: accelerate cannot switch back from DeepSpeed.
+stage instead of the shipped one. Those with "none" come first: accelerate cannot switch back from DeepSpeed. Its keys
+"precision" and "model" stand for PRECISION and MODEL_NAME. CPUs compute fp16, slowly; DeepSpeed is told that they do.
 """
 
 import json
@@ -12,8 +13,11 @@ import sys
 from pathlib import Path
 
 from conftest import SCRIPT, load_module
+from deepspeed.accelerator import get_accelerator
 from transformers import TrainerCallback
 
+os.environ["DS_ACCELERATOR"] = "cpu"
+type(get_accelerator()).is_fp16_supported = lambda self: True
 hpo = load_module(SCRIPT)
 SHIPPED = json.loads(hpo.DS_CONFIG.read_text())
 
@@ -24,16 +28,21 @@ class Watch(TrainerCallback):
     def __init__(self):
         self.seen = {"eval_loss": []}
 
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.seen["computes in"] = str(next(model.parameters()).dtype)
+
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self.seen["eval_loss"].append(metrics["eval_answer_loss"])
+        self.seen["epoch"] = state.epoch
 
-    def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_end(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
         import deepspeed
 
         total = 0.0  # of the absolute values of all weights; with ZeRO-3 they are gathered first
         for parameter in model.parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 total += parameter.detach().double().abs().sum().item()
+        self.seen |= {"skipped": state.global_step - lr_scheduler.last_epoch}
         self.seen |= {"weights": total, "steps": state.global_step, "optimizer": type(optimizer.optimizer).__name__}
 
 
@@ -44,6 +53,7 @@ def main():
     rows, results, written = hpo.load_squad(settings), [], Path(f"{sys.argv[0]}.{os.getpid()}.json")
     for training in map(json.loads, trainings):
         stage, watch = training.pop("engine", 2), Watch()
+        settings.PRECISION, settings.MODEL_NAME = training.pop("precision", "auto"), training.pop("model", model)
         written.write_text(json.dumps(SHIPPED | {"zero_optimization": SHIPPED["zero_optimization"] | {"stage": stage}}))
         hpo.DS_CONFIG = None if stage == "none" else written
         hpo.fine_tune(training, settings, *rows, callbacks=[watch])

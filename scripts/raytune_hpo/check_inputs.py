@@ -51,6 +51,7 @@ LIMITS = {  # name: (lowest, highest)
     "WORKER_DEADLINE": (1, 1_000_000),
     "SEED": (0, 2**31 - 1),
 }
+WORDS = {"PRECISION": ("auto", "bf16", "fp16", "fp32")}
 DECIMAL = ("LR_LOWER", "LR_UPPER", "WD_CHOICES")  # the others are whole numbers
 MAY_CHANGE = ("WORKER_NODES", "CPUS_PER_WORKER", "WORKER_DEADLINE")  # of a resumed run; its results stay
 HUB_SECONDS = 10  # after which the hub counts as out of reach
@@ -105,6 +106,10 @@ def read_value(name, text):
         return read_list(name, text) if name.endswith("_CHOICES") else read_number(name, text)
     if not text.strip():
         raise InputError("is empty; unset it to use the default")
+    if name in WORDS:
+        if text not in WORDS[name]:
+            raise InputError(f"must be one of {', '.join(WORDS[name])}")
+        return text
     path = os.path.realpath(os.path.expanduser(text))
     if not path.isprintable():
         raise InputError(f"its full path {path!r} contains a line break or the like; use another folder")

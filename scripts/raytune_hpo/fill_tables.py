@@ -126,6 +126,7 @@ def sections(run):
                for moment, zone in zip((run.start, run.finish), run.zones)]
     total = hms(run.now) if run.finish else f"{hms(run.now)} so far" if run.start else "-"
     below = [] if run.state() == "complete" else [f"{run.state()[0].upper()}{run.state()[1:]}."]
+    below += [f"Trained in {' and '.join(sorted(run.precisions))}."] if run.precisions else []
     below += [f"Note: {note}." for note in run.notes]
     header = ["Job Start Time", "Job Finish Time", "Total Job Time"]
     job = ("Table 1: the job", header, [[*moments, total]], below)
@@ -229,6 +230,7 @@ def as_json(run):
         "source": run.source, "job": run.job, "state": run.state(),
         "start": run.start and str(run.start), "finish": run.finish and str(run.finish),
         "time_zone": run.zones[0], "total_time_s": run.now, "settings": run.settings,
+        "precisions": sorted(run.precisions),
         "trials": trials, "best": best, "totals": totals(run), "notes": run.notes,
     }
 
@@ -295,13 +297,17 @@ def comparison(manual, others):
             ours, theirs = (r.settings.get(name, "not given") for r in (manual, run))
             if ours != theirs:
                 below.append(f"NOT COMPARABLE: {name} is {ours} in {manual.job} and {theirs} in {run.job}.")
+        ours, theirs = (" and ".join(sorted(r.precisions)) for r in (manual, run))
+        if ours and theirs and ours != theirs:
+            below.append(f"NOT COMPARABLE: the precision is {ours} in {manual.job} and {theirs} in {run.job}.")
         if totals(run)["unit"] != base["unit"]:
             below.append(f"NOT COMPARABLE: {manual.job} and {run.job} did not both run on GPUs.")
         if len(run.trials) != len(manual.trials):
             n, trials = len(manual.trials), len(run.trials)
             below.append(f"{manual.job} has {n} combinations, {run.job} has {trials} trials.")
     if not any(line.startswith(("NOT", "Cannot")) for line in below):
-        below.append("Same model, data, samples, epochs, seed and workers: the runs are comparable.")
+        last = "workers and precision" if all(run.precisions for run in (manual, *others)) else "and workers"
+        below.append(f"Same model, data, samples, epochs, seed, {last}: the runs are comparable.")
     below.append("eval loss: the lowest of all epochs. runtime: from START to FINISH. "
                  "GPU-minutes: allocated ones, idle or not.")
     header = ["run type", "eval loss", "runtime", "number of GPUs", "GPU-minutes", "cost ratio Ray/manual"]

@@ -23,7 +23,8 @@ BANNER = re.compile(r"===== JOB (\S+) (START|FINISH) *: (\d{4}-\d\d-\d\d \d\d:\d
 CLOCK = re.compile(r"(\d\d):(\d\d):(\d\d) (\S+)(?: \S+)? \| (.*)")
 EVENT = re.compile(r"(\S.*?)  (started|epoch|stopped|finished|ended|lost|FAILED)(?: +(.*))?$")
 REPORT = re.compile(r"(\d{1,9}(?:\.\d+)?)/\d+ +eval_loss (\S+)")
-JOINED = re.compile(r"worker \d+/\d+ joined: job (\S+) on .*?\d+ CPUs, (\d{1,5}) GPUs, (\d{1,5}) trial")
+JOINED = re.compile(r"worker \d+/\d+ joined: job (\S+) on .*?\d+ CPUs, (\d{1,5}) GPUs.*, (\d{1,5}) trial")
+PRECISION = re.compile(r"(?:joined|this node): .* GPUs.*, (bf16|fp16|fp32)(?:, \d+ trial|$)")
 HELD = re.compile(r"worker job (\S+) held its node for (\d{1,9}) s")
 CLUSTER = re.compile(r"cluster: (\d{1,9}(?:\.\d+)?) trial\(s\) at once, (\d+) workers each, on (GPUs|CPUs)")
 RAY_NOW = re.compile(r"Current time: (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)")  # Ray's lines above its tables
@@ -91,6 +92,7 @@ class Run:
     slots: float = None  # trials at once, of the line "cluster:"
     cluster_at: float = 0.0
     on_gpus: bool = False
+    precisions: set = field(default_factory=set)  # of its nodes: bf16, fp16, fp32
     running: int = 0  # the most trials that a line of Ray's counts as running
     manual_gpus: int = None  # of the line "GPUs:" of a manual grid
     manual: bool = False
@@ -370,6 +372,8 @@ def read_log(path):
             clock = max(clock, second + midnight)
             run.now = max(run.now, clock - first)
             ours = ours or role in ("search", "head", "manual")
+            if precision := PRECISION.search(text):
+                run.precisions.add(precision[1])
             in_settings = "settings" in text and text.rstrip().endswith(":")
             if role in ("search", "manual"):
                 if event := EVENT.match(text):

@@ -21,12 +21,10 @@ import math
 import os
 import random
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy
 import ray  # torch, deepspeed and transformers are imported where they are used: in the training processes
 from ray import train, tune
 from ray.tune.integration.ray_train import TuneReportCallback as ForwardReportsToTune
@@ -49,6 +47,7 @@ VARIABLES = {  # name: (default, how its text is read, meaning)
     "WORKERS_PER_TRIAL": ("2", int, "training processes of a trial (W)"),
     "CPUS_PER_WORKER": ("2", int, "CPUs of each (Cw)"),
     "GPUS_PER_WORKER": ("1", int, "GPUs of each (Gw); on nodes without GPUs 0, unless set"),
+    "PRECISION": ("auto", str, "bf16, fp16, fp32; auto: bf16 if the GPU computes it, else fp16; CPUs fp32"),
     "WORKER_DEADLINE": ("7200", int, "seconds to wait for a worker node before giving up"),
     "SEED": ("42", int, "seed of the draws, of shuffling and of training"),
 }
@@ -117,8 +116,7 @@ def encode(context, question, answer, tokenizer, max_length=512):
 
     input_ids = prompt + answer + end-of-sequence. labels, in the same positions: -100 (ignored) on the
     prompt, the token itself on the answer and the end-of-sequence. The model shifts them by one. If that is
-    too long, the context loses its end, then the question its start, and last of all the answer its end.
-    """
+    too long, the context loses its end, then the question its start, and last of all the answer its end."""
     ids = functools.partial(tokenizer, add_special_tokens=False)
     target = [*ids(" " + answer.strip())["input_ids"][: max_length - 2], tokenizer.eos_token_id]
     body, ask = ids(f"Context: {context}")["input_ids"], ids(f"\nQuestion: {question}\nAnswer:")["input_ids"]
@@ -128,12 +126,11 @@ def encode(context, question, answer, tokenizer, max_length=512):
     return {"input_ids": prompt + target, "labels": [-100] * len(prompt) + target}
 
 
-def collate(rows, trim_logits=True):
-    """Rows -> one batch: input_ids, attention_mask [b, n]; labels [b, k]; logits_to_keep = k.
+def collate(rows, accepted=("logits_to_keep",)):
+    """Rows -> one batch: input_ids, attention_mask [b, n]; labels [b, k]; what else the model has accepted.
     Two things save most of the work. Rows are padded on the left, only to the longest of the batch (n). And
     logits are computed for the last k positions alone, where the labels are (k = longest answer + 1): BLOOM's
-    output layer has 250,880 words, nearly half of its parameters.
-    """
+    output layer has 250,880 words, nearly half of its parameters."""
     import torch
     n = max(len(row["input_ids"]) for row in rows)
     ids, mask, labels = (torch.full((len(rows), n), fill) for fill in (0, 0, -100))  # padding is masked
@@ -142,7 +139,9 @@ def collate(rows, trim_logits=True):
         ids[i, start:], labels[i, start:] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
         mask[i, start:] = 1
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    if trim_logits:
+    if "position_ids" in accepted:  # such as GPT-2: its positions count from the first token
+        batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    if "logits_to_keep" in accepted:
         keep = min(n, 1 + int((labels != -100).sum(1).max()))
         batch |= {"labels": labels[:, -keep:], "logits_to_keep": keep}
     return batch
@@ -155,52 +154,58 @@ DS_CONFIG = next((d / "ds_config.json" for d in FOLDERS if (d / "ds_config.json"
 
 def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
     """Trains one configuration for NUM_EPOCHS epochs, in each process of a data-parallel group or in one.
-    After each epoch callbacks get the metric eval_answer_loss: the mean over all answer tokens, in nats.
-    """
+    After each epoch callbacks get the metric eval_answer_loss: the mean over all answer tokens, in nats."""
     import torch
-    from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
-
+    import transformers
     def answer_losses(logits, labels):
         """[b, k, vocabulary], [b, k] -> [b, 2]: each row's loss, summed over its answer tokens; how many."""
         logits, labels = logits[0] if isinstance(logits, tuple) else logits, labels[:, 1:]
         scores = logits[:, :-1].float().transpose(1, 2)
         losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")
-        return torch.stack([losses.sum(1), (labels != -100).sum(1)], dim=1)
+        return torch.stack([losses.sum(1), (labels != -100).sum(1)], dim=1).double()
 
     gpu = torch.cuda.is_available() and s.GPUS_PER_WORKER > 0
-    if not gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it has found no GPU
+    half = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    precision = s.PRECISION if s.PRECISION != "auto" else half if gpu else "fp32"
+    if not gpu:  # DeepSpeed looks for no GPU, and nothing wakes one
+        os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     import deepspeed
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
     ds_config = json.loads(DS_CONFIG.read_text()) if DS_CONFIG else None
     if ds_config and not gpu:
         ALL_OPS.pop("deepspeed_shm_comm", None)  # else DeepSpeed compiles a kernel; gloo does the same
         ds_config["zero_optimization"] |= {"overlap_comm": False, "contiguous_gradients": False}  # slower
+        deepspeed.init_distributed(dist_backend="gloo")
     drawn = {TRAINING_ARGUMENT.get(name, name): value for name, value in hyperparameters.items()}
     fields = {
         "num_train_epochs": s.NUM_EPOCHS, "seed": s.SEED, "deepspeed": ds_config, "use_cpu": not gpu,
-        "fp16": gpu,  # V100: fp16 in hardware, bf16 only emulated
+        "bf16": precision == "bf16", "fp16": precision == "fp16", "dataloader_pin_memory": gpu,
         "eval_strategy": "epoch", "per_device_eval_batch_size": 8,  # the loss does not depend on it
         "save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True,
-        "output_dir": tempfile.gettempdir(), "remove_unused_columns": False, "dataloader_pin_memory": gpu,
+        "output_dir": "/tmp", "remove_unused_columns": False,
     }
-    arguments = TrainingArguments(**(fields | drawn))
-    # ZeRO-3 splits the model as it is loaded: the arguments above and the process group come before it.
-    if ds_config and not gpu:
-        deepspeed.init_distributed(dist_backend="gloo")
+    arguments = transformers.TrainingArguments(**(fields | drawn))  # before the model: ZeRO-3 splits it
     torch.manual_seed(s.SEED)
     safe = {"use_safetensors": True, "trust_remote_code": False}  # no code that comes with a model is run
-    model = AutoModelForCausalLM.from_pretrained(s.MODEL_NAME, dtype=torch.float32, **safe)
-    trim_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-    trainer = Trainer(
+    # In fp16 the usual -65,504 and a score of -16 make -inf, and a row of them NaN; -30,000 hides as well.
+    hide = transformers.masking_utils.eager_mask
+    transformers.AttentionMaskInterface.register("eager", lambda *a, **k: hide(*a, **k).clamp(min=-30_000))
+    model = transformers.AutoModelForCausalLM.from_pretrained(s.MODEL_NAME, dtype=torch.float32, **safe)
+    accepted = tuple(inspect.signature(model.forward).parameters)
+    trainer = transformers.Trainer(
         model, arguments, train_dataset=train_rows, eval_dataset=eval_rows, callbacks=list(callbacks),
-        data_collator=functools.partial(collate, trim_logits=trim_logits),
+        data_collator=functools.partial(collate, accepted=accepted),
         preprocess_logits_for_metrics=answer_losses,
-        compute_metrics=lambda rows: {"answer_loss": numpy.divide(*rows.predictions.sum(0, dtype="float64"))},
+        compute_metrics=lambda p: {"answer_loss": p.predictions[:, 0].sum() / p.predictions[:, 1].sum()},
     )
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(transformers.PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    except Exception as error:
+        if "loss scale" not in str(error):  # DeepSpeed's words for fp16 that overflows at any scale
+            raise
+        trainer.state.epoch, diverged = math.floor(trainer.state.epoch) + 1, {"eval_answer_loss": math.nan}
+        trainer.callback_handler.on_evaluate(arguments, trainer.state, trainer.control, diverged)
     finally:  # else a DeepSpeed engine, with its model, lives as long as the process
         getattr(trainer.model_wrapped, "destroy", lambda: None)()
         trainer.accelerator.free_memory()
@@ -213,12 +218,8 @@ def train_loop_per_worker(config):
     from transformers import TrainerCallback
     s, data, report = (config.pop(name) for name in ("settings", "data", "report"))
     torch.set_num_threads(min(s.CPUS_PER_WORKER, len(os.sched_getaffinity(0))))
-    if ray.get_gpu_ids() and not torch.cuda.is_available():
-        raise RuntimeError("PyTorch cannot use the GPU; try: python -c 'import torch; torch.zeros(1).cuda()'")
 
-    class TuneReportCallback(TrainerCallback):
-        """One report after each evaluation: training_iteration is the epoch, and ASHA's rungs are epochs."""
-
+    class TuneReportCallback(TrainerCallback):  # a report after each evaluation, so ASHA's rungs are epochs
         def on_evaluate(self, args, state, control, metrics, **kwargs):
             loss = metrics["eval_answer_loss"]
             loss = loss if math.isfinite(loss) else math.nan  # of NaN no rung takes account; the trial ends
@@ -268,9 +269,8 @@ def search(s, run_dir):
     data = ray.put(rows)  # once, for all trials
     trial = tune.with_parameters(run_trial, s=s, data=[data], worker=worker, run_dir=run_dir)
     plan = SimpleNamespace(
-        make_tuner=tune.Tuner,
+        make_tuner=tune.Tuner, param_space=search_space(s),
         trainable=tune.with_resources(trial, {"trial_slot": 1}),
-        param_space=search_space(s),
         tune_config=tune.TuneConfig(
             num_samples=s.NUM_SAMPLES, scheduler=scheduler(s), trial_dirname_creator=str,
             search_alg=BasicVariantGenerator(random_state=s.SEED),  # draws at random

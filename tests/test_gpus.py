@@ -1,0 +1,87 @@
+"""What a node's script makes of its GPUs. There are none here: a stand-in for PyTorch claims them."""
+
+import os
+import re
+import subprocess
+
+import pytest
+from conftest import REPO, load_module
+
+TORCH = """
+class One:
+    def __init__(self, n, device): pass
+    def sum(self): return self
+    def item(self): return 1.0
+ones = One
+class cuda:
+    device_count = lambda: {count}
+    is_bf16_supported = lambda including_emulation: {bf16}
+    get_device_name = lambda: "{name}"
+"""
+
+
+def look(tmp_path, count, name="Tesla V100-SXM2-16GB", bf16=False, torch=TORCH, driver=True, **variables):
+    """look_at_gpus on a node with these GPUs -> (exit status, what it found or said)."""
+    (tmp_path / "torch.py").write_text(torch.format(count=count, name=name, bf16=bf16))
+    functions = (REPO / "scripts/raytune_hpo/ray_job.sh").read_text()
+    here = tmp_path / "ray_job.sh"
+    here.write_text(re.sub(r"/dev/(nvidiactl|kfd|dxg)", "/dev/null" if driver else "/dev/none", functions))
+    command = f'source {here}; set -euo pipefail; nproc() {{ echo 20; }}; look_at_gpus; echo "$GPUS $Gw | $NODE"'
+    environ = {"PATH": f"{REPO}/.venv/bin:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path), "REPO": str(REPO)}
+    environ |= {"WORKERS_PER_TRIAL": "2", "PRECISION": "auto", "ROLE": "worker"} | variables
+    run = subprocess.run(["bash", "-c", command], env=environ, text=True, capture_output=True, check=False)
+    return run.returncode, (run.stdout + run.stderr).strip()
+
+
+H100 = {"name": "NVIDIA H100 80GB HBM3", "bf16": True}
+SLICE = {"name": "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16": True, "CUDA_VISIBLE_DEVICES": "MIG-1,MIG-2,MIG-3"}
+
+
+@pytest.mark.parametrize("node, found", [
+    ({"count": 2}, "2 1 | 20 CPUs, 2 GPUs (Tesla V100-SXM2-16GB), fp16"),
+    ({"count": 11}, "11 1 | 20 CPUs, 11 GPUs (Tesla V100-SXM2-16GB), fp16"),
+    ({"count": 2} | H100, "2 1 | 20 CPUs, 2 GPUs (NVIDIA H100 80GB HBM3), bf16"),
+    ({"count": 2, "PRECISION": "fp32"} | H100, "2 1 | 20 CPUs, 2 GPUs (NVIDIA H100 80GB HBM3), fp32"),
+    ({"count": 1, "WORKERS_PER_TRIAL": "1"}, "1 1 | 20 CPUs, 1 GPUs (Tesla V100-SXM2-16GB), fp16"),
+    ({"count": 1, "WORKERS_PER_TRIAL": "1"} | SLICE, f"3 1 | 20 CPUs, 3 GPUs ({SLICE['name']}), bf16"),
+    ({"count": 0, "driver": False}, "0 0 | 20 CPUs, 0 GPUs, fp32"),
+    ({"count": 0, "SLURM_JOB_ID": "7"}, "0 0 | 20 CPUs, 0 GPUs, fp32"),  # the node has GPUs, the job has none
+    ({"count": 1, "GPUS_PER_WORKER": "0"}, "0 0 | 20 CPUs, 0 GPUs, fp32"),
+    ({"count": 0, "torch": "raise OSError", "GPUS_PER_WORKER": "0"}, "0 0 | 20 CPUs, 0 GPUs, fp32"),
+])  # fmt: skip
+def test_the_gpus_of_a_node(tmp_path, node, found):
+    assert look(tmp_path, **node) == (0, found)
+
+
+CPUS = "GPUS_PER_WORKER=0 to train on CPUs"
+
+
+@pytest.mark.parametrize("node, said", [
+    ({"count": 1}, f"a trial asks for 2 GPU(s) and this node has 1; set WORKERS_PER_TRIAL=1, or {CPUS}"),
+    ({"count": 0, "driver": False, "GPUS_PER_WORKER": "1"}, f"this node has 0; set {CPUS}"),
+    ({"count": 0}, "an NVIDIA driver but PyTorch sees no GPU"),
+    ({"count": 0, "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "2"}, "an NVIDIA driver but PyTorch sees no GPU"),
+    ({"count": 2, "torch": "raise RuntimeError('no kernel image')"}, "PyTorch does not run on this node: RuntimeError"),
+    ({"count": 1} | SLICE, "slices of a GPU (MIG) cannot train one trial together; set WORKERS_PER_TRIAL=1"),
+    ({"count": 0, "driver": False, "PRECISION": "fp16"}, "PRECISION=fp16: CPUs do not train in it"),
+])  # fmt: skip
+def test_a_node_that_cannot_train_says_why_in_one_line(tmp_path, node, said):
+    status, text = look(tmp_path, **node)
+    assert status == 1 and said in text and text.startswith("ERROR: ") and len(text.splitlines()) == 1
+
+
+def test_the_precision_of_a_run_is_read_from_its_log_and_stands_in_its_tables(tmp_path):
+    """Of a head's log by the line of the worker that joined; of a grid's by its own."""
+    read_run = load_module(REPO / "scripts/raytune_hpo/read_run.py")
+    fill_tables = load_module(REPO / "scripts/raytune_hpo/fill_tables.py")
+    start = "===== JOB 5 START  : 2026-11-26 10:00:00 UTC =====\n10:00:01 "
+    texts = {"head": "head h | worker 1/1 joined: job 6 on n1, 20 CPUs, 8 GPUs (V100), fp16, 4 trial(s) at once\n",
+             "manual": "manual h | this node: 4 CPUs, 2 GPUs (NVIDIA A100), bf16\n",
+             "laptop": "head h | this node: 2 CPUs, 0 GPUs, fp32, 1 trial(s) at once\n"}  # fmt: skip
+    found = {}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(start + text)
+        run = read_run.parse(tmp_path / name)
+        found[name] = run.precisions, [node[1:3] for node in run.nodes]
+        assert f"Trained in {''.join(run.precisions)}." in fill_tables.markdown(fill_tables.sections(run))
+    assert found == {"head": ({"fp16"}, [(8, 4)]), "manual": ({"bf16"}, []), "laptop": ({"fp32"}, [])}
