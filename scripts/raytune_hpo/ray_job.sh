@@ -162,6 +162,7 @@ prepare_training() {                                   # environment of every pr
     export PYTORCH_NVML_BASED_CUDA_CHECK=1             # asking whether there are GPUs must not initialise CUDA
     export TORCHDYNAMO_DISABLE=1                       # else DeepSpeed loads torch's compiler: 1.3 s a process
     export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1   # glibc reuses freed memory: fresh pages for gradients took a third of a step
+    export GOMP_SPINCOUNT=1000                         # threads that wait give their core away: else trials that share cores take 30 times as long
     export TOKENIZERS_PARALLELISM=false                # else it warns at every fork
     export TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1   # the log is for results
 }
