@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 from conftest import HEAD, REPO, load_module, wait_for
+from test_gpus import TORCH
 
 GRID = "bloom_hpo_manual.slurm"
 SMALL = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "2", "CPUS_PER_WORKER": "1"}
@@ -85,6 +86,25 @@ def test_a_combination_that_fails_is_named_and_the_others_go_on(course):
     why = "ERROR: --lr='20': must be a number above 0 and at most 10"
     assert re.search(rf"^FAILED lr=20 per_device_bs=2 wd=0.01 : {why}", run.stdout, re.MULTILINE)
     assert [float(row["lr"]) for row in rows_of(grid.parent)] == [1e-2]
+
+
+def test_with_fewer_gpus_than_workers_no_combination_is_tried(course):
+    """One GPU and two workers. There is no GPU here: a stand-in for PyTorch claims it."""
+    top, environ = course
+    (top / "claimed").mkdir()
+    (top / "claimed/torch.py").write_text(TORCH.format(count=1, name="Tesla V100-SXM2-16GB", bf16=False))
+    functions = top / "scripts/raytune_hpo/ray_job.sh"
+    functions.write_text(functions.read_text().replace("/dev/nvidiactl", "/dev/null"))
+    grid = top / "experiments/manual" / GRID
+    text = grid.read_text()
+    assert text.count("    look_at_gpus\n") == 1
+    stand_in = f"    PYTHONPATH={top}/claimed look_at_gpus\n"
+    grid.write_text(text.replace("    look_at_gpus\n", stand_in))
+    run = subprocess.run(["bash", GRID], cwd=grid.parent, env=environ, text=True, check=False, capture_output=True,
+                         timeout=60)  # fmt: skip
+    assert run.returncode == 1 and not list(grid.parent.glob("results-*"))
+    assert "a trial asks for 2 GPU(s) and this node has 1; set WORKERS_PER_TRIAL=1, or GPUS_PER_WORKER=0" in run.stderr
+    assert "FAILED" not in run.stdout and "GPUs: " not in run.stdout
 
 
 @pytest.mark.parametrize("options", [
