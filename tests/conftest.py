@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ HEAD = "head_node_raytune_asha_hpo.slurm"
 # In a background job, what the tests start would ignore Ctrl-C, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ["GOMP_SPINCOUNT"] = "1000"  # as in ray_job.sh: trainings share cores here
 sys.path.insert(0, str(REPO / "scripts/raytune_hpo"))  # the tools import one another from there
 
 
@@ -107,7 +109,9 @@ def squad(demo):
 @pytest.fixture(scope="session")
 def slurm():
     """Environment that points to a real Slurm of this test run's own."""
-    environ = os.environ | {"MINI_SLURM_DIR": f"/tmp/ms.{os.getpid()}"}
+    # Several such runs go on at once, and their jobs are found by their numbers.
+    first_job = 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) + 1
+    environ = os.environ | {"MINI_SLURM_DIR": f"/tmp/ms.{os.getpid()}", "MINI_SLURM_FIRST_JOB": str(first_job)}
     script = REPO / "tests/mini_slurm.sh"
     command = ["bash", script, "up"]
     up = subprocess.run(command, env=environ, text=True, stdout=subprocess.PIPE, check=True, timeout=600)
@@ -138,8 +142,13 @@ def address_of(folder):
     return wait_for(lambda: file.exists() and file.read_text().strip(), 120, f"the Ray head in {folder}")
 
 
-ONE_SLOT = ("--head", "--port=0", "--dashboard-port=0", "--ray-client-server-port=10000", "--num-cpus=4",
-            '--resources={"trial_slot": 1}')  # the client's own port, 10001, is for tests
+def one_slot():
+    """`ray start` of a head with room for one trial at a time, and no fixed port."""
+    with socket.create_server(("", 0)) as free:
+        client = free.getsockname()[1]
+    ports = ("--port=0", "--dashboard-port=0", "--dashboard-agent-listen-port=0", f"--ray-client-server-port={client}")
+    less = ("--include-dashboard=false", "--no-monitor")
+    return ("--head", *ports, *less, "--num-cpus=4", '--resources={"trial_slot": 1}')
 
 
 @pytest.fixture(scope="session")
@@ -147,7 +156,7 @@ def private_ray():
     """Variables that point to a plain Ray with room for one trial, whose processes can import the lesson."""
     folder, variables = f"/tmp/ray_test_{os.getpid()}", {"RAY_AUTH_MODE": "disabled"}
     environ = os.environ | variables | {"PYTHONPATH": str(SCRIPT.parent)}
-    head = start_ray(*ONE_SLOT, f"--temp-dir={folder}", log=f"{folder}.log", environ=environ)
+    head = start_ray(*one_slot(), f"--temp-dir={folder}", log=f"{folder}.log", environ=environ)
     try:
         yield variables | {"RAY_ADDRESS": address_of(folder)}
     finally:
@@ -157,7 +166,7 @@ def private_ray():
 
 
 SPACE = {"LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "BS_CHOICES": "2 4", "WD_CHOICES": "0.0 0.1"}
-SMALL = {"TRAIN_SAMPLES": "32", "EVAL_SAMPLES": "16"}
+SMALL = {"TRAIN_SAMPLES": "32", "EVAL_SAMPLES": "16", "WORKERS_PER_TRIAL": "1"}
 
 
 def copy_of_the_course(tmp_path):
