@@ -79,6 +79,7 @@ END
 ClusterName=sandbox
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort=$ctld_port
+FirstJobId=${MINI_SLURM_FIRST_JOB:-1}
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 AuthType=auth/munge

@@ -31,4 +31,4 @@ fi
 
 .venv/bin/ruff check --extend-select E501 --line-length 120 .
 git ls-files -z '*.sh' '*.slurm' .ci/run | xargs -0 shellcheck -x
-exec .venv/bin/python -m pytest -p no:cacheprovider "$@" tests
+exec .venv/bin/python -m pytest -p no:cacheprovider -n 2 --dist loadfile "$@" tests   # two files at a time: much of it is waiting

@@ -27,7 +27,7 @@ from conftest import (
     wait_for,
 )
 
-BUSY = {"CPUS_PER_WORKER": "4"}  # two trials at once on a node of the sandbox: enough for its two real cores
+BUSY = {"CPUS_PER_WORKER": "8"}  # two trials at once on a node of the sandbox: enough for its two real cores
 
 
 def processes_with(word, *marks):
@@ -54,7 +54,7 @@ def test_of_two_worker_nodes_one_is_lost_and_what_earlier_runs_left_has_no_effec
         (cluster.folder / "runs" / str(job) / "shutdown.txt").touch()
         (cluster.folder / "runs" / str(job) / "address").write_text("127.0.0.1:1\n")
     # One trial at a time on a node, long enough that the second node joins before the first has done them all.
-    long = {"NUM_EPOCHS": "2", "TRAIN_SAMPLES": "400", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "16"}
+    long = {"NUM_EPOCHS": "2", "TRAIN_SAMPLES": "400", "CPUS_PER_WORKER": "16"}
     job = cluster.submit(**demo_run(demo, WORKER_NODES="2", NUM_SAMPLES="3", **long))
     first, second = wait_for(lambda: len(w := cluster.workers(job)) == 2 and w, 60, "two workers")
     training = lambda worker: processes_with("TrainingProcess", f" worker {worker}")
@@ -138,8 +138,8 @@ def test_workers_that_stay_pending_are_waited_for_until_the_deadline(cluster, de
         nothing_is_left(cluster, job)
 
 
-def test_without_its_only_worker_a_run_ends_at_the_deadline_and_can_be_continued(cluster, demo):
-    variables = {"NUM_SAMPLES": "1", "NUM_EPOCHS": "2", "WORKER_DEADLINE": "10", "WORKERS_PER_TRIAL": "1"}
+def test_without_its_only_worker_a_run_ends_at_the_deadline_and_says_how_to_continue(cluster, demo):
+    variables = {"NUM_SAMPLES": "1", "NUM_EPOCHS": "2", "WORKER_DEADLINE": "10"}
     job = cluster.submit(**demo_run(demo, **variables, **BUSY))
     wait_for(lambda: "epoch 1/" in cluster.log(job) or "  started" in cluster.log(job), 120, "the trial")
     for node in ("worker1", "worker2"):  # as if the cluster had no more nodes
@@ -154,10 +154,6 @@ def test_without_its_only_worker_a_run_ends_at_the_deadline_and_can_be_continued
     log = cluster.log(job)
     assert "waited 10 s (WORKER_DEADLINE) for another worker; giving up" in log
     assert f"continue with: RESUME=runs/{job} sbatch {HEAD}" in log
-    again = cluster.submit(RESUME=f"runs/{job}", WORKER_DEADLINE="600")
-    assert cluster.wait_for_end(again, 240)["JobState"] == "COMPLETED", cluster.log(again)
-    assert "continues the run in" in cluster.log(again) and len(table_of(cluster.log(again))) == 1
-    nothing_is_left(cluster, again)
 
 
 def test_replacements_have_an_end_and_each_worker_that_cannot_work_says_why(cluster, demo, tmp_path):
@@ -205,7 +201,7 @@ def test_near_its_time_limit_a_run_ends_in_order(cluster, demo):
     head = cluster.folder / HEAD
     assert head.read_text().count("\n    publish_address\n") == 1
     head.write_text(head.read_text().replace("\n    publish_address\n", "\n    sleep 12\n    publish_address\n"))
-    long = demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="10000", WORKERS_PER_TRIAL="1", **BUSY)
+    long = demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="10000", **BUSY)
     options = ["--parsable", "--time=3", "--signal=B:TERM@120"]  # 30 to 60 s after its start: Slurm is early
     job = cluster("sbatch", *options, HEAD, **long).strip()
     assert cluster.wait_for_end(job, 200)["ExitCode"] == "143:0", cluster.log(job)
@@ -235,7 +231,7 @@ def test_trials_that_diverge_raise_or_run_out_of_memory_end_alone(course, demo):
         assert text.count(old) == 1
         text = text.replace(old, new)
     script.write_text(text)
-    status, log = quickstart(course, **demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="2", WORKERS_PER_TRIAL="1"))
+    status, log = quickstart(course, **demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="2"))
     assert status == 0, log
     check_log(log, job_of(log))
     run_dir = course / "runs" / job_of(log)
@@ -244,6 +240,8 @@ def test_trials_that_diverge_raise_or_run_out_of_memory_end_alone(course, demo):
     for number, cause in ((0, r"\S*Error: .*"), (1, r"RuntimeError: .*can't allocate memory.*"), (5, killed)):
         assert re.search(rf"_{number:05d}  FAILED     {cause}", log), log
         assert re.search(rf"combo {number + 1} \(TorchTrainer_\S+\): FAILED: {cause}", tables), tables
+    (trace,) = re.findall(r"_00001 \(full trace: (\S+)\)", log)
+    assert "in train_loop_per_worker" in Path(trace).read_text() and "can't allocate memory" in Path(trace).read_text()
     assert len(re.findall(r"_00002  ended      diverged at epoch 1$", log, re.MULTILINE)) == 1
     assert not re.search("_00002  epoch 2", log)
     assert len(re.findall(r"_0000[34]  finished   all epochs", log)) >= 1
@@ -257,6 +255,8 @@ def test_trials_that_diverge_raise_or_run_out_of_memory_end_alone(course, demo):
 
 
 def test_of_two_runs_whose_workers_share_a_node_one_is_cancelled_and_the_other_completes(cluster, demo):
+    """Also although tables and pictures cannot be made."""
+    (cluster.folder.parents[3] / "scripts/raytune_hpo/fill_tables.py").write_text("raise SystemExit('none today')\n")
     worker = cluster.folder / "worker_node_raytune_asha_hpo.slurm"
     text = worker.read_text()
     half = text.replace("--cpus-per-task=20", "--cpus-per-task=10").replace("--gpus-per-node=8", "--gpus-per-node=4")
@@ -274,6 +274,8 @@ def test_of_two_runs_whose_workers_share_a_node_one_is_cancelled_and_the_other_c
     log = cluster.log(second)
     check_log(log, second)
     assert len(table_of(log)) == 2 and "lost" not in log
+    (told,) = re.findall(r"tables and pictures could not be made \(see (\S+)\); the results are complete", log)
+    assert Path(told).read_text() == "none today\n"
     nothing_is_left(cluster, second)
 
 
@@ -285,7 +287,7 @@ def test_a_run_whose_folder_a_worker_cannot_see_says_so(cluster):
 
 
 def test_a_requeued_job_goes_on_where_it_was(cluster, demo):
-    long = {"TRAIN_SAMPLES": "800", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "10"}
+    long = {"TRAIN_SAMPLES": "800", "CPUS_PER_WORKER": "10"}
     job = cluster.submit(**demo_run(demo, NUM_SAMPLES="2", **long))
     wait_for(lambda: re.search(r"_00000  (stopped|finished)", cluster.log(job)), 240, "the first trial's end")
     results = cluster.folder / "runs" / job / "tune"

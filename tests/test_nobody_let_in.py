@@ -51,7 +51,7 @@ def running(demo, tmp_path_factory):
             folder.chmod(folder.stat().st_mode | 0o055)
     log = course / "terminal.txt"
     # One long trial, so that no process comes or goes meanwhile.
-    environ = os.environ | SPACE | SMALL | {"NUM_SAMPLES": "1", "NUM_EPOCHS": "10000"}
+    environ = os.environ | SPACE | SMALL | {"NUM_SAMPLES": "1", "NUM_EPOCHS": "10000", "WORKERS_PER_TRIAL": "2"}
     environ |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
     with log.open("w") as output:
         head = subprocess.Popen(["bash", "-c", f"umask 000; exec bash {HEAD}"], cwd=course, env=environ,

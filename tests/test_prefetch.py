@@ -251,7 +251,7 @@ def test_the_hub_s_model_and_data_are_in_the_folder(fetched, demo):
 def test_a_whole_run_without_a_network(fetched, tmp_path):
     course = copy_of_the_course(tmp_path)
     there = {"EXPORTS": fetched[1], "HF_HOME": str(tmp_path / "home"), "NUM_SAMPLES": "1", "NUM_EPOCHS": "1"}
-    there |= SMALL | {"WORKERS_PER_TRIAL": "1"}
+    there |= SMALL
     alone = f'ip link set lo up; eval "$EXPORTS"; exec bash {HEAD}'
     status, log = quickstart(course, "unshare", "-n", "bash", "-ec", alone, **there)
     assert status == 0, log
