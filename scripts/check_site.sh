@@ -26,7 +26,7 @@ JOB=${SLURM_JOB_ID:-local-$(date +%m%d-%H%M%S)-$$} ROLE="login" RUN_DIR="" WAIT=
 GPUS=0 TRIALS=1 NEXT_LOOK=0 STATE=""
 # shellcheck source=SCRIPTDIR/raytune_hpo/ray_job.sh
 source "$REPO/scripts/raytune_hpo/ray_job.sh"                # what a run does: node_address, find_gpus, prepare_ray ...
-export -f node_address find_gpus on_slurm fail                       # so that timeout can end them
+export -f node_address find_gpus on_slurm fail              # so that timeout can end them
 export PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$REPO/scripts/raytune_hpo${PYTHONPATH:+:$PYTHONPATH}"
 
 # ---- Lines -----------------------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ export MODEL_NAME=${MODEL_NAME:-$REPO/.demo/model} SQUAD_DATA=${SQUAD_DATA:-$REP
 export TRAIN_SAMPLES=${TRAIN_SAMPLES:-160} EVAL_SAMPLES=${EVAL_SAMPLES:-50}
 export LR_LOWER=${LR_LOWER:-1e-4} LR_UPPER=${LR_UPPER:-5e-2}
 export CPUS_PER_WORKER=${CPUS_PER_WORKER:-1}
-if [[ -z ${WORKERS_PER_TRIAL:-} && -e /dev/nvidiactl ]] &&    # on the only GPU a trial trains with one worker
-    [[ $("$REPO/.venv/bin/python" -c 'import torch; print(torch.cuda.device_count())') == 1 ]]; then
-    export WORKERS_PER_TRIAL=1
-fi
+# shellcheck source=SCRIPTDIR/raytune_hpo/ray_job.sh
+source "$REPO/scripts/raytune_hpo/ray_job.sh"
+choose_python
+gpus=$(find_gpus 2>/dev/null) || true                  # what is wrong with them the head script says
+[[ $gpus != "1 "* && $gpus != *MIG* ]] || export WORKERS_PER_TRIAL=${WORKERS_PER_TRIAL:-1}   # two would need two GPUs
 exec bash "$REPO/experiments/raytune/scheduler/asha/head_node_raytune_asha_hpo.slurm"

@@ -9,7 +9,7 @@
 # `up` writes nothing but the export line of SLURM_CONF to stdout; the log is on stderr. Jobs run on this
 # machine as the user who submits them; the CPUs and GPUs of the nodes are booked, not there.
 # All files are in one folder, MINI_SLURM_DIR (default: /tmp/mini_slurm.<uid>); several can be up at once, and
-# a Slurm in /etc/slurm is not touched. Started by root it serves all users, by another user only that user.
+# a Slurm in /etc/slurm is not touched. MINI_SLURM_FIRST_JOB is the number of its first job (default: 1). Started by root it serves all users, by another user only that user.
 
 set -euo pipefail
 

@@ -103,6 +103,8 @@ CASES = [  # variable, value, a part of the line that says why
     ("CPUS_PER_WORKER", "x", "is not a whole number"),
     ("GPUS_PER_WORKER", "-1", "at least 0 and at most 1"),
     ("GPUS_PER_WORKER", "a[$(touch here)]", "is not a whole number"),
+    ("PRECISION", "half", "must be one of auto, bf16, fp16, fp32"),
+    ("PRECISION", "", "is empty"),
     ("SEED", "-1", "at least 0"),
     ("SEED", "4294967296", "at most 2147483647"),
     ("LR_LOW", "1e-5", "did you mean LR_LOWER?"),

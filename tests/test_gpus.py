@@ -2,10 +2,11 @@
 
 import os
 import re
+import shutil
 import subprocess
 
 import pytest
-from conftest import REPO, load_module
+from conftest import HEAD, REPO, load_module, quickstart
 
 TORCH = """
 class One:
@@ -68,6 +69,24 @@ CPUS = "GPUS_PER_WORKER=0 to train on CPUs"
 def test_a_node_that_cannot_train_says_why_in_one_line(tmp_path, node, said):
     status, text = look(tmp_path, **node)
     assert status == 1 and said in text and text.startswith("ERROR: ") and len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("count, node, workers", [
+    (1, {}, "1"), (2, {}, "2"), (0, {}, "2"), (1, {"GPUS_PER_WORKER": "0"}, "2"), (1, {"WORKERS_PER_TRIAL": "2"}, "2"),
+    (1, {"name": SLICE["name"]}, "1"), (1, {"torch": "raise OSError"}, "2"),
+])  # fmt: skip
+def test_the_quickstart_trains_with_one_worker_on_the_only_gpu(course, demo, tmp_path, count, node, workers):
+    """The search itself is not started: in its place stands what it would be told."""
+    top = course.parents[3]
+    shutil.copytree(demo, top / ".demo", dirs_exist_ok=True)
+    (course / HEAD).write_text("echo workers ${WORKERS_PER_TRIAL:-2}\n")
+    functions = top / "scripts/raytune_hpo/ray_job.sh"
+    functions.write_text(functions.read_text().replace("/dev/nvidiactl", "/dev/null"))
+    stub = {"torch": TORCH, "name": "NVIDIA H100", "bf16": True} | node
+    (tmp_path / "torch.py").write_text(stub["torch"].format(count=count, name=stub["name"], bf16=stub["bf16"]))
+    variables = {name: value for name, value in node.items() if name.isupper()} | {"PYTHONPATH": str(tmp_path)}
+    status, output = quickstart(course, "bash", str(top / "scripts/quickstart.sh"), **variables)
+    assert status == 0 and output.splitlines()[-1] == f"workers {workers}"
 
 
 def test_the_precision_of_a_run_is_read_from_its_log_and_stands_in_its_tables(tmp_path):

@@ -109,8 +109,8 @@ def test_the_exercise_on_the_sandbox(whole_run):
     assert token not in log + of_worker + str(record) + str(end) and "START" in of_worker and "FINISH" in of_worker
 
 
-def test_the_manual_grid_goes_on_after_interruptions_and_compares_with_the_search(whole_run, demo, squad):
-    """Three combinations: a training is killed, then the job with its script; then it is submitted again."""
+def test_the_manual_grid_goes_on_after_three_interruptions_and_compares_with_the_search(whole_run, demo, squad):
+    """Three combinations. The job is cancelled; a training is killed; the job is, with its script; the last ends."""
     asha, asha_job, *_ = whole_run
     manual = Cluster(asha.environ, asha.folder.parents[2] / "manual")
     grid = manual.folder / "bloom_hpo_manual.slurm"
@@ -139,6 +139,9 @@ def test_the_manual_grid_goes_on_after_interruptions_and_compares_with_the_searc
         wait_for(lambda: len(results()) >= rows and trainers(jobs[-1]), 240, f"{rows} rows")
         return jobs[-1]
 
+    job = submit(0)
+    manual("scancel", job)
+    assert manual.wait_for_end(job, 60)["JobState"] == "CANCELLED" and "FINISH" in log(job)
     job = submit(1)
     for pid in trainers(job):  # as the OOM killer does: this combination fails, the next ones go on
         os.kill(pid, signal.SIGKILL)

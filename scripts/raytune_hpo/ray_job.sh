@@ -97,7 +97,7 @@ print(max(seen, len(slices)), half, torch.cuda.get_device_name()) if seen else p
     found=$(tail -n 1 <<<"$found")
     # A job that has asked Slurm for no GPU sees none, also where there are some.
     if [[ $found == "0 "* && -e /dev/nvidiactl ]] && ! { on_slurm && [[ -z ${SLURM_GPUS_ON_NODE:-} ]]; }; then
-        fail "this node has an NVIDIA driver but PyTorch sees no GPU; check with: python -c 'import torch; torch.zeros(1).cuda()'" \
+        fail "this node has an NVIDIA driver but PyTorch sees no GPU; check with: python -c 'import torch; torch.zeros(1).cuda()'," \
             "or set GPUS_PER_WORKER=0 to train on CPUs"
     fi
     printf '%s\n' "$found"
@@ -162,7 +162,7 @@ prepare_training() {                                   # environment of every pr
     export PYTORCH_NVML_BASED_CUDA_CHECK=1             # asking whether there are GPUs must not initialise CUDA
     export TORCHDYNAMO_DISABLE=1                       # else DeepSpeed loads torch's compiler: 1.3 s a process
     export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1   # glibc reuses freed memory: fresh pages for gradients took a third of a step
-    export GOMP_SPINCOUNT=1000                         # threads that wait give their core away: else trials that share cores take 30 times as long
+    export GOMP_SPINCOUNT=1000                         # threads that wait give their core away: else trials that share cores take up to 30 times as long
     export TOKENIZERS_PARALLELISM=false                # else it warns at every fork
     export TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1   # the log is for results
 }

@@ -127,7 +127,7 @@ def encode(context, question, answer, tokenizer, max_length=512):
 
 
 def collate(rows, accepted=("logits_to_keep",)):
-    """Rows -> one batch: input_ids, attention_mask [b, n]; labels [b, k]; what else the model has accepted.
+    """Rows -> one batch: input_ids, attention_mask [b, n]; labels [b, k]; what else the model accepts.
     Two things save most of the work. Rows are padded on the left, only to the longest of the batch (n). And
     logits are computed for the last k positions alone, where the labels are (k = longest answer + 1): BLOOM's
     output layer has 250,880 words, nearly half of its parameters."""
