@@ -22,11 +22,11 @@ REPO=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 EXERCISE=$REPO/experiments/raytune/scheduler/asha
 HEAD=$EXERCISE/head_node_raytune_asha_hpo.slurm
 WORKER=$EXERCISE/worker_node_raytune_asha_hpo.slurm
-JOB=${SLURM_JOB_ID:-local-$(date +%m%d-%H%M%S)-$$} ROLE="login" RUN_DIR="" WAIT=10
+ROLE="login" RUN_DIR="" WAIT=10
 GPUS=0 TRIALS=1 NEXT_LOOK=0 STATE=""
 # shellcheck source=SCRIPTDIR/raytune_hpo/ray_job.sh
 source "$REPO/scripts/raytune_hpo/ray_job.sh"                # what a run does: node_address, find_gpus, prepare_ray ...
-export -f node_address find_gpus on_slurm fail              # so that timeout can end them
+export -f node_address find_gpus torch_trouble on_slurm ask is_busy fail   # so that timeout can end them
 export PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$REPO/scripts/raytune_hpo${PYTHONPATH:+:$PYTHONPATH}"
 
 # ---- Lines -----------------------------------------------------------------------------------------------------------
@@ -60,38 +60,42 @@ check_slurm() {                                              # 1: there is no Sl
     return 1
 }
 
-directive() { sed -n "s/^#SBATCH --$2[= ]\([^ ]*\).*/\1/p" "$1" | tail -n 1; }   # directive FILE NAME: its value
-offered()   { sinfo --noheader --format="$1" 2>/dev/null | sort -u | tr '\n' ' '; }
+offered() { sinfo --noheader --format="$1" 2>/dev/null | sort -u | tr '\n' ' '; }
 
 seconds() {                                                  # of a time as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S
     awk -F- '{ n = split($NF, t, ":"); if (NF == 2) print (($1 * 24 + t[1]) * 60 + t[2]) * 60 + t[3]
                else print n == 3 ? (t[1] * 60 + t[2]) * 60 + t[3] : t[1] * 60 + t[2] }' <<<"$1"
 }
 
-check_job_file() {                                           # does Slurm take this .slurm file as it is, and start it one day?
-    local file=$1 name=${1##*/} folder=${1%/*}/logs partition asked limit said fix
+check_job_file() {                                           # does Slurm take this .slurm file as it is, and can it start one day?
+    local file=$1 name=${1##*/} folder=${1%/*}/logs said job record asked partition limit fix by=""
     if [[ ! -d $folder || ! -w $folder ]]; then              # then Slurm takes the job, and it ends at once without a word
         failed "$name: its log folder $folder is missing or read-only; fix: mkdir -p $folder"
     fi
-    asked=$(directive "$file" time)
-    partition=${SBATCH_PARTITION:-$(directive "$file" partition)}
-    limit=$(timeout 30 sinfo --noheader --format='%P %l' | awk -v p="$partition" '$1 == p || $1 == p "*" || p == "" && /\*/ { print $2; exit }')
-    if [[ $limit == [0-9]* && $asked == [0-9]* ]] && (($(seconds "$asked") > $(seconds "$limit"))); then   # taken, and PENDING for ever
-        failed "$name: --time=$asked is above the limit of partition ${partition:-by default}, $limit; fix: #SBATCH --time=$limit, or another partition"
-    fi
-    if said=$(cd "${file%/*}" && timeout 60 sbatch --test-only "$name" 2>&1); then
-        ok "$name: Slurm takes it, $(grep -o 'to start at.*' <<<"$said")"
+    if ! said=$(cd "${file%/*}" && timeout 60 sbatch --test-only "$name" "$RUN_DIR" 0 2>&1); then
+        case $said in
+            *feature*) fix="change or delete the --constraint; there are: $(offered %f)" ;;
+            *partition*specified*) fix="#SBATCH --partition=, one of: $(offered %R)" ;;
+            *account* | *QOS*) fix="#SBATCH --account=, one of yours; see: sacctmgr show associations user=$(id -un)" ;;
+            *"node configuration"*) fix="lower the GPUs or CPUs; partition, CPUs, GPUs: $(offered %R,%c,%G)" ;;
+            *denied*) fix="submit from a login node, or to another partition" ;;
+            *) fix="the #SBATCH lines" ;;
+        esac
+        failed "$name: Slurm refuses it: $(last "$(grep -v '^Try' <<<"${said:-no answer within 60 s}")"); fix: $fix$(compgen -e SBATCH_ | sed 's/^/, or the variable /' | tr -d '\n')"
         return
     fi
-    case $said in
-        *feature*) fix="no node has --constraint=$(directive "$file" constraint); change or delete that line; there are: $(offered %f)" ;;
-        *partition*specified*) fix="#SBATCH --partition=, one of: $(offered %R)" ;;
-        *account* | *QOS*) fix="#SBATCH --account=, one of yours; see: sacctmgr show associations user=$(id -un)" ;;
-        *"node configuration"*) fix="no node has --gpus-per-node=$(directive "$file" gpus-per-node) and --cpus-per-task=$(directive "$file" cpus-per-task); lower them; partition, CPUs, GPUs: $(offered %R,%c,%G)" ;;
-        *denied*) fix="submit from a login node, or to another partition" ;;
-        *) fix="the #SBATCH lines" ;;
-    esac
-    failed "$name: Slurm refuses it: $(last "$(grep -v '^Try' <<<"${said:-no answer within 60 s}")"); fix: $fix"
+    # Slurm also reads variables, and they beat the lines of the file. So what counts is what it has understood.
+    job=$(job_id "$(cd "${file%/*}" && timeout 60 sbatch --parsable --hold --job-name="${RUN_DIR##*/}" "$name" "$RUN_DIR" 0 2>&1)")
+    record=$(timeout 60 scontrol show job "$job" 2>&1)
+    timeout 30 scancel "$job"
+    asked=$(grep -oP ' TimeLimit=\K\S+' <<<"$record") partition=$(grep -oP '\bPartition=\K\S+' <<<"$record")
+    limit=$(timeout 30 scontrol show partition "$partition" | grep -oP ' MaxTime=\K\S+')
+    [[ -z ${SBATCH_TIMELIMIT:-} ]] || by=" by the variable SBATCH_TIMELIMIT, which beats the line of the file"
+    if [[ $limit == [0-9]* && $asked == [0-9]* ]] && (($(seconds "$asked") > $(seconds "$limit"))); then   # taken, and PENDING for ever
+        failed "$name: its time limit is $asked$by, above that of partition $partition, $limit; fix: #SBATCH --time=$limit${by:+ and unset SBATCH_TIMELIMIT}, or another partition"
+    else
+        ok "$name: Slurm takes it, $(grep -o 'to start at [^ ]*' <<<"$said"): Partition=$partition TimeLimit=$asked $(grep -oE '(NumCPUs|TresPer[A-Z][a-z]+|CpusPerTres|MinMemory[A-Z]+)=\S+' <<<"$record" | tr '\n' ' ')"
+    fi
 }
 
 # ---- On every machine --------------------------------------------------------------------------------------------------
@@ -112,6 +116,8 @@ sys.exit(", ".join(wrong) or None)
 PYTHON
     ); then
         ok "packages: as in requirements.txt, $(python --version), $(command -v python)"
+        said=$(tr : '\n' <<<"$PYTHONPATH" | grep -v -e "^$REPO/" -e "^$(realpath "$(command -v python)/../..")/" | paste -sd:)
+        [[ -z $said ]] || warning "packages: PYTHONPATH has $said; a run takes those of its environment first; fix: unset PYTHONPATH $EDIT, if you can do without"
     else
         failed "packages: $(last "$said"), in $(command -v python); fix: bash scripts/setup_env.sh, or activate the environment $EDIT"
     fi
@@ -159,14 +165,13 @@ check_shm() {
 }
 
 check_limits() {
-    local processes files present need=$((NODE_THREADS + TRIALS * TRIAL_THREADS)) what
-    processes=$(ulimit -u) files=$(ulimit -n)
-    present=$(ps -L -u "$(id -u)" -o tid= 2>/dev/null | wc -l)
-    what="processes: ulimit -u $processes, $present in use, $TRIALS trial(s) at once need $need ($NODE_THREADS for Ray, $TRIAL_THREADS a trial)"
-    if [[ $processes == unlimited ]] || ((processes - present >= need)); then
+    local processes files need=$((NODE_THREADS + TRIALS * TRIAL_THREADS)) what
+    processes=$(python "$REPO/scripts/raytune_hpo/worker_capacity.py" --processes) files=$(ulimit -n)
+    what="processes: $processes more may be started, $TRIALS trial(s) at once need $need ($NODE_THREADS for Ray, $TRIAL_THREADS a trial)"
+    if [[ $processes == inf ]] || ((processes >= need)); then
         ok "$what"
     else
-        failed "$what; fix: ulimit -u $((present + need)) before sbatch and $EDIT, or ask your site"
+        failed "$what; fix: ulimit -u (now $(ulimit -u)) before sbatch and $EDIT, or ask your site, which may also limit a cgroup (pids.max)"
     fi
     if [[ $files == unlimited ]] || ((files >= FILES)); then
         ok "open files: ulimit -n $files, a run needs $FILES"
@@ -202,7 +207,7 @@ print("torch", torch.__version__, "for", " ".join(torch.cuda.get_arch_list()) or
 check_capacity() {                                           # sets TRIALS, as many as a worker job would offer
     local said
     if said=$(python "$REPO/scripts/raytune_hpo/worker_capacity.py" --Gnode "$GPUS" --Gw "$((GPUS > 0 ? ${GPUS_PER_WORKER:-1} : 0))" 2>&1); then
-        ok "$(head -n 1 <<<"$said"), with $SLURM_CPUS_ON_NODE CPUs and $GPUS GPUs"
+        ok "$(head -n 1 <<<"$said"), with $(python "$REPO/scripts/raytune_hpo/worker_capacity.py" --cpus) CPUs and $GPUS GPUs"
     else
         failed "capacity: $(last "$said")"
     fi
@@ -278,7 +283,7 @@ check_submission() {                                         # the head job subm
         failed "jobs cannot be submitted from this node, as the head job does: $(last "$said"); fix: sbatch on the PATH $EDIT, or ask your site to allow it"
         said=""                                              # then the login node submits it
     fi
-    echo "${said%%;*}" >"$RUN_DIR/job-worker.tmp" && mv "$RUN_DIR/job-worker.tmp" "$RUN_DIR/job-worker"
+    job_id "$said" >"$RUN_DIR/job-worker.tmp" && mv "$RUN_DIR/job-worker.tmp" "$RUN_DIR/job-worker"
 }
 
 on_node() {                                                  # on_node ROLE FOLDER WAIT: all that a job does
@@ -369,14 +374,14 @@ show() {                                                     # show ROLE: the li
 check_nodes() {
     local head worker role roles=(head)
     head=$(submit head 2>&1) || { failed "head node: $(last "$head"); fix: ${HEAD##*/}"; return; }
-    head=${head%%;*}
+    head=$(job_id "$head")
     check_folder head "$head" || return
     patiently 90 "the head node to submit the worker" arrived_or_ended job-worker "$head"
     worker=$(cat "$RUN_DIR/job-worker" 2>/dev/null)
     if [[ -z $worker ]] && ! worker=$(submit worker 2>&1); then
         failed "worker node: $(last "$worker"); fix: ${WORKER##*/}"
-    elif check_folder worker "${worker%%;*}"; then
-        patiently 600 "the checks on both nodes" both_done "$head" "${worker%%;*}"
+    elif worker=$(job_id "$worker") && check_folder worker "$worker"; then
+        patiently 600 "the checks on both nodes" both_done "$head" "$worker"
         roles=(head worker)
     fi
     end_jobs                                                 # without a worker, the head would wait
@@ -419,13 +424,13 @@ main() {
     set -u
     local said file slurm=yes
     check_slurm || slurm=""
-    for file in ${slurm:+"$HEAD" "$WORKER" "$REPO/experiments/manual/bloom_hpo_manual.slurm"}; do
-        check_job_file "$file"
-    done
     if ! said=$(mkdir -p "$EXERCISE/runs" 2>&1 && mktemp -d "$EXERCISE/runs/check_site.XXXX" 2>&1); then
         failed "run folder: $(last "$said"); fix: clone the repository where you may write, or make room there"
     elif RUN_DIR=$said && check_packages; then
         if [[ -n $slurm ]]; then
+            for file in "$HEAD" "$WORKER" "$REPO/experiments/manual/bloom_hpo_manual.slurm"; do
+                check_job_file "$file"
+            done
             check_inputs
             check_nodes
         else

@@ -27,14 +27,14 @@ FOLDER=$(realpath -m -- "${1:-$REPO/prefetched}")
 [[ ! -x $REPO/.venv/bin/python ]] || PATH=$REPO/.venv/bin:$PATH
 command -v python >/dev/null || fail "no python found; run: bash scripts/setup_env.sh"
 unset RESUME                                                 # of a run that is to be continued; it has its own settings
-export SLURM_JOB_ID=${SLURM_JOB_ID:-later}                   # trials will run on Slurm's nodes: not too large for this one
+export ON_SLURM=later                                        # trials will run on Slurm's nodes: not too large for this one
 
 settings=$(python "$CHECK" --get MODEL_NAME SQUAD_DATA)      # checks all variables, and makes folders absolute
 { read -r MODEL_NAME; read -r SQUAD_DATA; } <<<"$settings"
 { mkdir -p "$FOLDER" && [[ -w $FOLDER ]]; } 2>/dev/null ||
     fail "FOLDER='$FOLDER': cannot be made or written to; give another one"
 exec 9>"$FOLDER/.lock"                                       # two at once take turns
-flock --nonblock 9 || {
+flock --nonblock --conflict-exit-code 75 9 2>/dev/null || (($? != 75)) || {   # other failures: no locks on this file system
     echo "waiting for another prefetch.sh that fills $FOLDER, at most an hour" >&2
     flock --wait 3600 9 || fail "FOLDER='$FOLDER': another prefetch.sh has been filling it for an hour; wait for its end, or end it"
 }

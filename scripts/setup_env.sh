@@ -23,8 +23,9 @@ make_venv() {
     "$PYTHON" -m venv "$REPO/.venv" >"$REPO/.venv.log" 2>&1
 }
 
-exec 9>"$REPO/.venv.lock"                                    # two set-ups at once take turns
-flock 9
+[[ $OSTYPE == linux* ]] || fail "OSTYPE=$OSTYPE: this runs on Linux only; on Windows use WSL2, on a Mac another machine"
+exec 9>"$REPO/.venv.lock"                                    # two set-ups at once take turns, where the file system has locks
+flock 9 2>/dev/null || true
 if ! cmp -s "$REPO/requirements.txt" "$STAMP"; then
     command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON: no such command; install Python 3.10 or newer"
     version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')

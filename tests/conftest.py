@@ -185,6 +185,21 @@ def course(tmp_path):
     return copy_of_the_course(tmp_path)
 
 
+# What a site's modules and a user's shell may have set; a run must not notice.
+HOSTILE = {
+    "SLURM_TIME_FORMAT": "%s",
+    "SQUEUE_FORMAT": "%j",
+    "LC_ALL": "xx_XX.UTF-8",
+    "LD_PRELOAD": "/none/libxalt_init.so",
+    "GLOO_SOCKET_IFNAME": "ib0",
+    "NODE_NAME": "node7",
+    "http_proxy": "http://127.0.0.1:9",
+    "PYTHONPATH": "/none/site-packages",
+    "RANK": "3",
+    "OMP_NUM_THREADS": "1",
+}
+
+
 class Cluster:
     """sbatch, squeue and friends on the sandbox, from the exercise's folder."""
 

@@ -66,7 +66,7 @@ def test_of_two_worker_nodes_one_is_lost_and_what_earlier_runs_left_has_no_effec
     check_log(log, job)
     assert Path(re.search(r"run folder (.*)", log)[1]).name.startswith(f"{job}-")
     assert "worker 2/2 joined" in log
-    (lost,) = re.findall(r"(TorchTrainer_\S+)  lost       with its node \(1 of at most 3 times\); starts again", log)
+    (lost,) = re.findall(r"(TorchTrainer_\S+)  lost       with its node \(1 of at most 6 times\); starts again", log)
     assert f"worker job {first} has ended before the search: ERROR: Ray on this node has ended" in log
     assert re.search(r"submitted worker 3/3: job \d+", log)
     rows = table_of(log)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import draw_report
@@ -245,14 +246,16 @@ def test_tables_are_written_though_the_pictures_cannot(tmp_path):
 
 def test_gpu_minutes_count_from_the_time_a_node_joined(read):
     joined = "10:05:00 head node1 | worker 1/2 joined: job 2 on worker1, 20 CPUs, 8 GPUs, 4 trial(s) at once"
-    again = "10:15:00 head node1 | worker 2/2 joined: job 2 on worker1, 20 CPUs, 4 GPUs, 2 trial(s) at once"
+    again = "10:15:00 head node1 | worker 2/2 joined: job 3 on worker1, 20 CPUs, 4 GPUs, 2 trial(s) at once"
     cluster = "10:05:10 search | cluster: 4 trial(s) at once, 2 workers each, on GPUs"
     rows = [[*row[:7], 300.0, row[8]] for row in ROWS]
     _, text = read(log_of(joined, cluster, again, boxed(HEADER, rows)))
     # 8 GPUs for 20 minutes and 4 for 10; three trials of 5 minutes on 2 GPUs
     assert "200.0 allocated (12 GPU(s), from the line 'joined' to FINISH), 30.0 busy, 170.0 idle (85" in text
     held = "10:25:00 head node1 | worker job {} held its node for {} s, by Slurm's record"
-    _, text = read(log_of(joined, cluster, again.replace("job 2", "job 3"), boxed(HEADER, rows),
+    requeued = again.replace("10:15", "10:16")  # by Slurm; it joins once more
+    assert text == read(log_of(joined, cluster, again, requeued, boxed(HEADER, rows)))[1]
+    _, text = read(log_of(joined, cluster, again, boxed(HEADER, rows),
                           held.format(2, 1500), held.format(3, 900)))
     assert "GPU-minutes: 260.0 allocated (12 GPU(s), by Slurm's record of the worker jobs), 30.0 busy" in text
     assert "with 6 trial(s) at once" in text
@@ -469,6 +472,28 @@ def test_text_is_never_run_as_code(read, tmp_path):
     assert not trap.exists() and found["Table 3"][0]["Best Eval Loss"] == "1.8"
     found, _ = read(log_of(boxed(HEADER, ROWS), "Best Trial Result:\n" + "[" * 15_000))
     assert found["Table 3"][0]["Best Eval Loss"] == "1.8"
+
+
+# ---- Logs as people keep them ------------------------------------------------------------------------------
+@pytest.mark.parametrize("kept", [
+    lambda text: text.encode("utf-16"),  # by PowerShell
+    lambda text: text.encode("utf-16-be").replace(b"\0=", b"\xfe\xff\0=", 1),
+    lambda text: textwrap.indent(text, "> ", lambda line: True).encode(),  # in a mail
+    lambda text: textwrap.indent(text, "    ").encode(),
+    lambda text: text.replace("\n", "\r\n").encode("utf-8-sig"),
+])  # fmt: skip
+def test_a_log_is_read_as_it_was_kept(read, kept):
+    assert read(kept(COMPLETE)) == read(COMPLETE.encode())
+
+
+@pytest.mark.parametrize("command, what", [
+    ("fold -w 80", "lines were folded"), ("fold -s -w 80", "lines were folded"), ("fmt -w 72", "lines were folded"),
+    ("grep -v '^[+|]' | fold -s -w 72", "lines were folded"), ("tr -s ' '", "blanks were squeezed"),
+])  # fmt: skip
+def test_of_a_log_that_was_changed_one_line_says_how(read, command, what):
+    changed = subprocess.run(["bash", "-c", command], input=COMPLETE.encode(), capture_output=True, check=True).stdout
+    found, text = read(changed, status=2)
+    assert not found and re.fullmatch(f"ERROR: .*: its {what}, by a mail or chat .*; get the file itself.*\n?", text)
 
 
 # ---- No such log -------------------------------------------------------------------------------------------

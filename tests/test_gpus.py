@@ -27,10 +27,12 @@ def look(tmp_path, count, name="Tesla V100-SXM2-16GB", bf16=False, torch=TORCH, 
     functions = (REPO / "scripts/raytune_hpo/ray_job.sh").read_text()
     here = tmp_path / "ray_job.sh"
     here.write_text(re.sub(r"/dev/(nvidiactl|kfd|dxg)", "/dev/null" if driver else "/dev/none", functions))
-    command = f'source {here}; set -euo pipefail; nproc() {{ echo 20; }}; look_at_gpus; echo "$GPUS $Gw | $NODE"'
+    command = f'source {here}; set -euo pipefail; look_at_gpus; echo "$GPUS $Gw | $NODE"'
     environ = {"PATH": f"{REPO}/.venv/bin:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path), "REPO": str(REPO)}
-    environ |= {"WORKERS_PER_TRIAL": "2", "PRECISION": "auto", "ROLE": "worker"} | variables
-    run = subprocess.run(["bash", "-c", command], env=environ, text=True, capture_output=True, check=False)
+    environ |= {"WORKERS_PER_TRIAL": "2", "PRECISION": "auto", "ROLE": "worker"}
+    environ |= {"SLURM_CPUS_ON_NODE": "20"} | variables
+    run = subprocess.run(["bash", "-c", command, "slurm_script"], env=environ, text=True, check=False,
+                         capture_output=True)  # fmt: skip
     return run.returncode, (run.stdout + run.stderr).strip()
 
 
@@ -81,10 +83,12 @@ def test_the_quickstart_trains_with_one_worker_on_the_only_gpu(course, demo, tmp
     shutil.copytree(demo, top / ".demo", dirs_exist_ok=True)
     (course / HEAD).write_text("echo workers ${WORKERS_PER_TRIAL:-2}\n")
     functions = top / "scripts/raytune_hpo/ray_job.sh"
-    functions.write_text(functions.read_text().replace("/dev/nvidiactl", "/dev/null"))
+    text, call = functions.read_text().replace("/dev/nvidiactl", "/dev/null"), "python -c '\nimport os, torch"
+    assert text.count(call) == 1
+    functions.write_text(text.replace(call, f"PYTHONPATH={tmp_path} {call}"))
     stub = {"torch": TORCH, "name": "NVIDIA H100", "bf16": True} | node
     (tmp_path / "torch.py").write_text(stub["torch"].format(count=count, name=stub["name"], bf16=stub["bf16"]))
-    variables = {name: value for name, value in node.items() if name.isupper()} | {"PYTHONPATH": str(tmp_path)}
+    variables = {name: value for name, value in node.items() if name.isupper()}
     status, output = quickstart(course, "bash", str(top / "scripts/quickstart.sh"), **variables)
     assert status == 0 and output.splitlines()[-1] == f"workers {workers}"
 

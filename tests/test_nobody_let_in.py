@@ -14,7 +14,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import HEAD, SMALL, SPACE, copy_of_the_course, job_of, nothing_left, pids, wait_for
+from conftest import (
+    HEAD,
+    SMALL,
+    SPACE,
+    copy_of_the_course,
+    job_of,
+    nothing_left,
+    pids,
+    wait_for,
+)
 
 NOBODY = 65534
 PROBE = f"""

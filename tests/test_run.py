@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import (
     HEAD,
+    HOSTILE,
     REPO,
     SCRIPT,
     SMALL,
@@ -47,7 +48,7 @@ def whole_run(slurm, demo, squad, tmp_path_factory):
     """Twelve trials on one worker node that holds two: submitted, and watched to its end."""
     cluster = Cluster(slurm, copy_of_the_course(tmp_path_factory.mktemp("course")))
     variables = {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(squad), "CPUS_PER_WORKER": "4"}
-    job = cluster.submit(**SPACE | SMALL | TWO | variables)
+    job = cluster.submit(**HOSTILE | SPACE | SMALL | TWO | variables)
     queue = lambda: cluster("squeue", "--noheader", "--format=%j %N %T").splitlines()
     names = wait_for(lambda: len(q := queue()) == 2 and q, 60, "head and worker in squeue")
     assert {name.split()[0] for name in names} == {"ray_head_bloom_5epochs", "ray_worker_bloom_5epochs"}
@@ -67,6 +68,7 @@ def test_the_exercise_on_the_sandbox(whole_run):
     (worker,) = cluster.workers(job)
     assert end["JobState"] == "COMPLETED" and end["NodeList"] == "worker1"
 
+    log = log[log.index("=====") :]  # what the system says of HOSTILE before the first line of a script
     check_log(log, job)
     reports = check_results(log, run_dir, trials=12, epochs=5)
     assert at_once(log) == 2
@@ -174,13 +176,18 @@ def test_the_manual_grid_goes_on_after_three_interruptions_and_compares_with_the
     assert float(rows[3][5]) == pytest.approx(cost[1] / cost[0], rel=0.1)
 
 
-def test_a_worker_job_that_slurm_refuses_ends_the_run_with_the_reason(cluster, demo):
+@pytest.mark.parametrize("edit, variables, said", [
+    (("--constraint=v100", "--constraint=h100"), {}, "ERROR: sbatch refused the worker job"),
+    ((), {"WORKERS_PER_TRIAL": "9"},
+     "ERROR: one trial (WORKERS_PER_TRIAL=9 CPUS_PER_WORKER=2 GPUS_PER_WORKER=1) does not fit on a node with 20 CPUs"),
+])  # fmt: skip
+def test_a_worker_job_that_cannot_serve_ends_the_run_with_the_reason(cluster, demo, edit, variables, said):
     worker = cluster.folder / "worker_node_raytune_asha_hpo.slurm"
-    worker.write_text(worker.read_text().replace("--constraint=v100", "--constraint=h100"))
-    job = cluster.submit(**SMALL, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(demo / "squad"))
+    worker.write_text(worker.read_text().replace(*edit) if edit else worker.read_text())
+    job = cluster.submit(**SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")} | variables)
     assert cluster.wait_for_end(job, 60)["ExitCode"] == "1:0"
-    assert "ERROR: sbatch refused the worker job" in cluster.log(job) and "FINISH" in cluster.log(job)
-    wait_for(lambda: nothing_left(job), 10, "everything to be gone")
+    assert said in cluster.log(job) and "FINISH" in cluster.log(job)
+    wait_for(lambda: nothing_left(job) and not cluster("squeue", "--noheader"), 10, "everything to be gone")
 
 
 @pytest.mark.parametrize("moment", ["START  :", "worker 1/1 joined", "epoch 1/", "Best Trial Result"])
@@ -269,18 +276,24 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
     assert nothing_left(job, job_of(second))
 
 
-def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(course, demo):
-    """Each with a Ray of its own on this machine, where another user's Ray has taken its usual ports."""
+def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(course, demo, container):
+    """Each with a Ray of its own on this machine, where another user's Ray has taken its usual ports.
+
+    One is inside an allocation without Slurm's commands, and has its Python in a container.
+    """
     environ = os.environ | SPACE | SMALL | {"NUM_SAMPLES": "3", "NUM_EPOCHS": "2"}
     environ |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
-    start = lambda: subprocess.Popen(["bash", HEAD], cwd=course, env=environ, text=True, stdout=subprocess.PIPE)
+    start = lambda **variables: subprocess.Popen(["bash", HEAD], cwd=course, env=environ | variables, text=True,
+                                                 stdout=subprocess.PIPE)  # fmt: skip
     with contextlib.ExitStack() as taken:
         for port in (6379, 8265, 10001):
             taken.enter_context(socket.create_server(("127.0.0.1", port)))
-        runs = [start(), start()]
+        runs = [start(), start(SLURM_JOB_ID="7", CONTAINER=container)]
         logs = [run.communicate(timeout=600)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], logs
     assert "stopped    by ASHA after epoch 1" in logs[0] and job_of(logs[0]) != job_of(logs[1])
+    assert "inside Slurm job 7, but not by sbatch" in logs[1] and "Python: " in logs[1]
+    assert f"{course.parents[3]}/scripts/container/python" in logs[1]
     for log in logs:
         check_log(log, job_of(log))
         check_results(log, course / "runs" / job_of(log), trials=3, epochs=2)
@@ -306,8 +319,19 @@ def test_a_search_whose_trials_all_fail_fails(hpo):
         hpo.best_report(failed, SimpleNamespace(NUM_SAMPLES=2))
 
 
-def test_interrupted_on_a_laptop_nothing_is_left(course, demo):
+@pytest.fixture
+def container(tmp_path):
+    """CONTAINER: a stand-in that starts a command as a container does, with an environment of its own."""
+    command = tmp_path / "container"
+    command.write_text(f'#!/bin/bash\nexec unshare --mount env -i HOME=/ PATH={REPO}/.venv/bin:/usr/bin:/bin "$@"\n')
+    command.chmod(0o755)
+    return str(command)
+
+
+def test_interrupted_on_a_laptop_nothing_is_left(course, demo, container):
+    """With Python in a container, whose processes are to be found from outside."""
     environ = os.environ | SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+    environ |= {"CONTAINER": container}
     output = course / "terminal.txt"
     with output.open("w") as terminal:
         head = subprocess.Popen(["bash", HEAD], cwd=course, env=environ, stdout=terminal, stderr=subprocess.STDOUT,

@@ -1,7 +1,11 @@
 """Site settings: what Slurm understands of the .slurm files as edited for a site, and their capacity."""
 
+import os
+import subprocess
+import sys
+
 import pytest
-from conftest import EXERCISE, HEAD, REPO, call, load_module
+from conftest import HEAD, REPO, load_module
 
 WORKER = "worker_node_raytune_asha_hpo.slurm"
 GRID = "bloom_hpo_manual.slurm"
@@ -47,42 +51,47 @@ def test_slurm_understands_the_lines_of_each_site(site, cluster):
         assert name != WORKER or asked["CPUs/Task"] == "20"
 
 
-def test_capacity_is_read_as_sbatch_reads_it():
+def test_capacity_is_what_slurm_understood(cluster):
+    """There are many ways to ask for a node; each job is submitted, held."""
     for lines, expected in (
-        ("#SBATCH --cpus-per-task=20\n#SBATCH --gpus-per-node=8", (20, 8, False)),
-        ("#SBATCH --cpus-per-task=16 # x\n#SBATCH --gpus-per-node=a100:4 # x", (16, 4, False)),
-        ("#SBATCH -c 32\n#SBATCH --gres=gpu:4", (32, 4, False)),
-        ("#SBATCH -c8\n#SBATCH --gres=nvme:1,gpu:h100:2", (8, 2, False)),
-        ("#SBATCH --cpus-per-task 12\n#SBATCH --gres=gpu", (12, 1, False)),
-        ("#SBATCH --cpus-per-task=12\n#SBATCH -G 3", (12, 3, False)),
-        ("#SBATCH --cpus-per-task=12\n#SBATCH --gpus=v100", (12, 1, False)),
-        ("#SBATCH --cpus-per-task=12\n##SBATCH --gpus-per-node=8", (12, 0, False)),
-        ("#SBATCH --cpus-per-task=4\n#SBATCH --cpus-per-task=6", (6, 0, False)),
-        ("#SBATCH --cpus-per-task=4\nset -eu\n#SBATCH --cpus-per-task=6", (4, 0, False)),
-        ("#SBATCH --exclusive\n#SBATCH --gpus-per-node=4", (1, 4, True)),
-        ("#SBATCH --exclusive # x\n#SBATCH --cpus-per-task=4", (4, 0, True)),
+        ("--cpus-per-task=20\n#SBATCH --gpus-per-node=8", (20, 8, 1, False)),
+        ("--cpus-per-task=16 # x\n#SBATCH --gpus-per-node=v100:4 # x", (16, 4, 1, False)),
+        ("-N 1 -c 20 -G 4", (20, 4, 1, False)),
+        ("--nodes=1\n#SBATCH --gpus-per-node=4\n#SBATCH --cpus-per-gpu=5", (20, 4, 1, False)),
+        ("--nodes=1\n#SBATCH --ntasks-per-node=8", (8, 0, 1, False)),
+        ('--nodes=1 --cpus-per-task="20"', (20, 0, 1, False)),
+        ("--nodes=1\n#SBATCH --mincpus=16 --gpus=3", (16, 3, 1, False)),
+        ("--nodes=1 -n 2 -c 4\n#SBATCH --gpus-per-task=2", (8, 4, 1, False)),
+        ("-c8\n#SBATCH --gres=gpu:v100:2", (8, 2, 1, False)),
+        ("--cpus-per-task 12\n#SBATCH --gres=gpu", (12, 1, 1, False)),
+        ("--nodes=1 --cpus-per-task=12\n#SBATCH --gpus=v100:1", (12, 1, 1, False)),
+        ("--cpus-per-task=4\n##SBATCH --gpus-per-node=8\n#SBATCH --cpus-per-task=6", (6, 0, 1, False)),
+        ("--cpus-per-task=4\nset -eu\n#SBATCH --cpus-per-task=6", (4, 0, 1, False)),
+        ("--exclusive\n#SBATCH --gpus-per-node=4", (1, 4, 1, True)),
+        ("--nodes=2 --cpus-per-task=20", (40, 0, 2, False)),
     ):
-        assert CAPACITY.asked_for(f"#!/bin/bash\n{lines}\ntrue\n") == expected, lines
+        (cluster.folder / "job.slurm").write_text(f"#!/bin/bash\n#SBATCH {lines}\ntrue\n")
+        job = cluster("sbatch", "--parsable", "--hold", "job.slurm").strip()
+        record = cluster("scontrol", "show", "job", job)
+        cluster("scancel", job)
+        assert CAPACITY.asked_for(record) == expected, lines
+    # as Slurm 23 and newer write it
+    newer = "NumNodes=1-1 NumCPUs=4 NumTasks=1 MinCPUsNode=4 OverSubscribe=OK TresPerNode=gres/gpu:h100:2,gres/nvme:1"
+    assert CAPACITY.asked_for(newer) == (4, 2, 1, False)
 
 
-NO_GPUS = {"#SBATCH --gpus-per-node=8": "##SBATCH --gpus-per-node=8"}
+RECORD = "NumNodes=1 NumCPUs={} NumTasks=1 OverSubscribe={} {}"
 
 
-@pytest.mark.parametrize("edits, gpus, told, status", [
-    ({}, None, "capacity: 4 trial(s)", 0),
-    ({"--gpus-per-node=8": "--gpus-per-node=v100:4"}, None, "capacity: 2 trial(s)", 0),
-    (NO_GPUS, None, "capacity: 4 trial(s)", 0),
-    (NO_GPUS, "1", "does not fit on a node with 20 CPUs and 0 GPUs", 1),
-    ({"--cpus-per-task=20": "--exclusive"}, None, "it counts CPUs and GPUs when it starts", 0),
+@pytest.mark.parametrize("record, variables, told, status", [
+    (RECORD.format(20, "OK", "TresPerNode=gres:gpu:8"), {}, "capacity: 4 trial(s)", 0),
+    (RECORD.format(20, "OK", "TresPerNode=gres:gpu:v100:4"), {}, "capacity: 2 trial(s)", 0),
+    (RECORD.format(20, "OK", ""), {}, "capacity: 4 trial(s)", 0),
+    (RECORD.format(20, "OK", ""), {"GPUS_PER_WORKER": "1"}, "does not fit on a node with 20 CPUs and 0 GPUs", 1),
+    (RECORD.format(1, "NO", ""), {}, "it counts CPUs and GPUs when it starts", 0),
 ])  # fmt: skip
-def test_no_other_edit_is_needed_for_other_nodes(edits, gpus, told, status, tmp_path, monkeypatch):
-    text = (EXERCISE / WORKER).read_text()
-    for old, new in edits.items():
-        assert old in text
-        text = text.replace(old, new)
-    (tmp_path / "worker.slurm").write_text(text)
-    monkeypatch.delenv("GPUS_PER_WORKER", raising=False)
-    if gpus:
-        monkeypatch.setenv("GPUS_PER_WORKER", gpus)
-    run = call(CAPACITY, "--job", tmp_path / "worker.slurm")
+def test_no_other_edit_is_needed_for_other_nodes(record, variables, told, status):
+    tool = [sys.executable, REPO / "scripts/raytune_hpo/worker_capacity.py", "--record"]
+    environ = {name: text for name, text in os.environ.items() if name != "GPUS_PER_WORKER"} | variables
+    run = subprocess.run(tool, input=record, env=environ, text=True, capture_output=True, check=False)
     assert told in run.stdout and run.returncode == status, run.stdout + run.stderr

@@ -22,6 +22,8 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+from worker_capacity import usable_cpus
+
 
 def missing_package(error):
     fix = "run scripts/setup_env.sh, or activate the course's environment"
@@ -80,8 +82,8 @@ def check(environ, look_inside=True):
     if None not in (s.LR_LOWER, s.LR_UPPER) and s.LR_LOWER >= s.LR_UPPER:
         lower, upper = (environ.get(name, lesson.VARIABLES[name][0]) for name in ("LR_LOWER", "LR_UPPER"))
         problems.append(f"LR_LOWER={lower!r} LR_UPPER={upper!r}: LR_LOWER must be the smaller of the two")
-    for name in sorted(filter(str.isprintable, set(environ) - set(lesson.VARIABLES))):
-        for meant in difflib.get_close_matches(name.upper(), lesson.VARIABLES, n=1, cutoff=0.82):
+    for name in sorted(filter(str.isprintable, set(environ) - set(lesson.VARIABLES) - {"RESUME"})):
+        if meant := misspelt(name):
             why = f"no such variable; did you mean {meant}? (otherwise unset {name})"
             problems.append(f"{name}={environ[name]!r:.500}: {why}")
     if look_inside:
@@ -97,6 +99,28 @@ def check(environ, look_inside=True):
 
 
 # ---- Variables -------------------------------------------------------------------------------------------
+def misspelt(name):
+    """The variable that was meant, or None: NUM_SAMPLE, MODELNAME, seed, but not SPEED, NODE_NAME or CHECKPOINT.
+
+    Other programs have variables, too. So a name counts as misspelt if only case or underscores differ; in long
+    names also one letter, or two neighbours that are swapped; and with LR_, BS_ or WD_, which nobody else uses,
+    whatever is most like it.
+    """
+    plain = lambda text: text.upper().replace("_", "")
+    for meant in (*lesson.VARIABLES, "RESUME"):
+        if plain(name) == plain(meant) or (len(plain(meant)) > 6 and one_edit(plain(name), plain(meant))):
+            return meant
+    ours = [meant for meant in lesson.VARIABLES if meant[:3] in ("LR_", "BS_", "WD_") and meant[:3] == name[:3].upper()]
+    return next(iter(difflib.get_close_matches(name.upper(), ours, n=1, cutoff=0.6)), None)
+
+
+def one_edit(a, b):
+    """Whether one letter was left out, added or replaced, or two neighbours were swapped."""
+    start = len(os.path.commonprefix([a, b]))
+    a, b = a[start:], b[start:]
+    return a[1:] == b or a == b[1:] or a[1:] == b[1:] or (a[:2] == b[1::-1] and a[2:] == b[2:])
+
+
 def read_value(name, text):
     """The value of a variable; of a folder its absolute path."""
     if not text.isprintable():
@@ -182,9 +206,9 @@ def same(name, text, saved):
 
 def machine_problems(s, environ):
     """A trial far too large for this machine. For Slurm's nodes, worker_capacity.py says what fits."""
-    cpus, asked = len(os.sched_getaffinity(0)), s.WORKERS_PER_TRIAL or 0
+    cpus, asked = usable_cpus(), s.WORKERS_PER_TRIAL or 0
     most = PROCESSES_PER_CPU * cpus
-    if "SLURM_JOB_ID" in environ or asked <= most:
+    if environ.get("ON_SLURM") or asked <= most:
         return []
     why = f"too many training processes for this machine with {cpus} CPUs"
     return [f"WORKERS_PER_TRIAL='{asked}': {why}; set at most {most}, or use sbatch"]

@@ -1,13 +1,19 @@
 # shellcheck shell=bash
 # What the .slurm scripts share: the lines of their logs, the node's resources, starting Ray, and ending exactly what
 # they started. They set, before they source this file:
-#   JOB       name of this job or run, unique on the cluster (Slurm job id, or local-...)
 #   ROLE      head, worker or manual
 #   REPO      top of the repository
 # and, once it is known,
 #   RUN_DIR   folder of the run, seen by all its nodes
+# It sets
+#   JOB       name of this job or run, unique on the cluster (Slurm job id, or local-...)
 
-unset "${!SQUEUE_@}" SLURM_TIME_FORMAT                 # a user's own formats: what squeue and scontrol print is read here
+# shellcheck source=SCRIPTDIR/environment.sh
+source "$REPO/scripts/raytune_hpo/environment.sh"
+export ON_SLURM=""                                     # started by sbatch? Slurm runs a copy of the script, of this name;
+[[ ${0##*/} != slurm_script ]] || ON_SLURM=yes         # inside salloc or JupyterHub there is a job id, and nothing to submit
+JOB=local-$(date +%m%d-%H%M%S)-$$
+[[ -z $ON_SLURM ]] || JOB=$SLURM_JOB_ID
 
 banner() {                                             # banner START|FINISH
     printf '===== JOB %s %-6s : %s =====\n' "$JOB" "$1" "$(date '+%Y-%m-%d %H:%M:%S %Z')"
@@ -30,7 +36,22 @@ publish() {                                            # publish NAME: its input
     { cat >"$RUN_DIR/.$1" && mv "$RUN_DIR/.$1" "$RUN_DIR/$1"; } 2>/dev/null || fail "$(no_room "$RUN_DIR")"
 }
 
-on_slurm() { [[ -n ${SLURM_JOB_ID:-} ]]; }
+on_slurm() { [[ -n $ON_SLURM ]]; }
+
+# ask COMMAND...: what squeue or scontrol answers. A controller that is too busy to answer is asked again for a minute.
+ask() {
+    local answer deadline=$((SECONDS + 60))
+    until answer=$("$@" 2>&1); do
+        is_busy "$answer" && ((SECONDS < deadline)) || return 1
+        sleep 3
+    done
+    printf '%s\n' "$answer"
+}
+
+# Slurm's words, and those of its libraries, for a controller that does not get to it.
+is_busy() { grep -qiE 'timed out|unable to contact|unable to establish|connection (refused|reset)|zero bytes|temporarily' <<<"$1"; }
+
+job_id() { sed -nE 's/^(Submitted batch job )?([0-9]+)(;.*)?$/\2/p' <<<"$1" | tail -n 1; }   # in what sbatch says, with all that a site adds
 
 frame_the_log() {                                      # START now, FINISH in every ending but kill -9
     trap finish EXIT
@@ -53,21 +74,27 @@ finish() {                                             # first the script's own 
     exit "$status"
 }
 
-choose_python() {                                      # the repository's own environment, else the one that is active
-    if [[ -x $REPO/.venv/bin/python ]]; then
-        export PATH="$REPO/.venv/bin:$PATH"
+look_around() {                                        # was this job started as it is meant to be?
+    local nodes
+    if on_slurm; then
+        [[ ${SLURM_EXPORT_ENV:-ALL} == ALL* ]] ||
+            say "WARNING: of the variables set in front of sbatch, RESUME included, none came here but those of --export=$SLURM_EXPORT_ENV: sbatch --export=ALL"
+    elif [[ -n ${SLURM_JOB_ID:-} ]]; then              # salloc, JupyterHub, a container of a job
+        nodes=$(scontrol show hostnames 2>/dev/null) || true
+        [[ -n ${SLURMD_NODENAME:-} || -z $nodes ]] || grep -qx "$(hostname -s)" <<<"$nodes" ||
+            fail "SLURM_JOB_ID=$SLURM_JOB_ID: $(hostname -s) is not a node of this job ($(xargs <<<"$nodes")); first srun --pty bash, or use sbatch"
+        say "inside Slurm job $SLURM_JOB_ID, but not by sbatch: this node alone is used, and no jobs are submitted"
     fi
-    command -v python >/dev/null || fail "no python found; run: bash $REPO/scripts/setup_env.sh"
 }
 
 node_address() {                                       # the address other nodes reach this one at
     if [[ -n ${NODE_ADDRESS:-} ]]; then
         printf '%s\n' "$NODE_ADDRESS"
-    elif [[ -z ${SLURM_JOB_ID:-} ]]; then
+    elif ! on_slurm; then
         printf '127.0.0.1\n'
     else                                               # Slurm itself reaches this node at its NodeAddr
         local name
-        name=$(scontrol show node "${SLURMD_NODENAME:-$(hostname -s)}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+        name=$(ask scontrol show node "${SLURMD_NODENAME:-$(hostname -s)}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
         getent ahostsv4 "${name:-$(hostname)}" | awk 'NR == 1 { print $1 }'
     fi
 }
@@ -81,6 +108,7 @@ find_gpus() {
         fail "$(command -v python) has no PyTorch; activate the course's environment in the EDIT block of this node's script"
     # Importing PyTorch takes seconds, so only where a driver is: NVIDIA's, AMD's, or Windows' under WSL.
     if [[ ${GPUS_PER_WORKER:-1} == 0 ]] || ! [[ -e /dev/nvidiactl || -e /dev/kfd || -e /dev/dxg ]]; then
+        [[ -z ${LD_LIBRARY_PATH:-} ]] || found=$(python -c 'import torch' 2>&1) || fail "$(torch_trouble "$found")"
         echo 0 fp32
         return
     fi
@@ -92,15 +120,22 @@ seen = sum(int(torch.ones(1, device=f"cuda:{i}").sum().item()) for i in range(to
 slices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.startswith("MIG-")]
 half = "bf16" if seen and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 print(max(seen, len(slices)), half, torch.cuda.get_device_name()) if seen else print("0 fp32")' 2>&1) ||
-        fail "PyTorch does not run on this node: $(tail -n 1 <<<"$found"); install the build for its GPU (environment.yml)," \
-            "or set GPUS_PER_WORKER=0 to train on CPUs"
+        fail "$(torch_trouble "$found")"
     found=$(tail -n 1 <<<"$found")
     # A job that has asked Slurm for no GPU sees none, also where there are some.
-    if [[ $found == "0 "* && -e /dev/nvidiactl ]] && ! { on_slurm && [[ -z ${SLURM_GPUS_ON_NODE:-} ]]; }; then
+    if [[ $found == "0 "* && -e /dev/nvidiactl ]] && [[ -z ${SLURM_JOB_ID:-} || -n ${SLURM_GPUS_ON_NODE:-} ]]; then
         fail "this node has an NVIDIA driver but PyTorch sees no GPU; check with: python -c 'import torch; torch.zeros(1).cuda()'," \
             "or set GPUS_PER_WORKER=0 to train on CPUs"
     fi
     printf '%s\n' "$found"
+}
+
+torch_trouble() {                                      # torch_trouble ITS_WORDS: what to tell the user
+    local fix="install the build for its GPU (environment.yml), or set GPUS_PER_WORKER=0 to train on CPUs"
+    if [[ -n ${LD_LIBRARY_PATH:-} ]] && env -u LD_LIBRARY_PATH python -c 'import torch' 2>/dev/null; then
+        fix="LD_LIBRARY_PATH=$LD_LIBRARY_PATH gives it other libraries than its own: load no CUDA module, or unset LD_LIBRARY_PATH, in the EDIT block"
+    fi
+    echo "PyTorch does not run on this node: $(tail -n 1 <<<"$1"); $fix"
 }
 
 # Sets GPUS of this node, Gw (of each worker of a trial) and NODE, which says what the node has and computes with.
@@ -115,7 +150,7 @@ look_at_gpus() {
         fail "WORKERS_PER_TRIAL=$W: slices of a GPU (MIG) cannot train one trial together; set WORKERS_PER_TRIAL=1"
     [[ $PRECISION != fp16 ]] || ((Gw > 0)) || fail "PRECISION=fp16: CPUs do not train in it; set auto, bf16 or fp32"
     [[ $PRECISION != auto ]] || how=$( ((Gw > 0)) && echo "$half" || echo fp32)   # as the search decides it
-    NODE="${SLURM_CPUS_ON_NODE:-$(nproc)} CPUs, $GPUS GPUs${name:+ ($name)}, $how"
+    NODE="$(python "$REPO/scripts/raytune_hpo/worker_capacity.py" --cpus) CPUs, $GPUS GPUs${name:+ ($name)}, $how"
 }
 
 # Sets CPUS and SLOTS (trials at once) of this node, too, and OFFER, which tells Ray.
@@ -136,18 +171,7 @@ measure_node() {
 }
 
 prepare_ray() {                                        # environment, folder and log of this job's Ray processes
-    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$RUN_DIR/token"   # who cannot read the file cannot connect
-    export RAY_gcs_rpc_server_reconnect_timeout_s=10   # workers leave soon after a head that died
-    export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0     # and at once when they are told to
-    export RAY_SCHEDULER_EVENTS=0 RAY_USAGE_STATS_ENABLED=0           # nothing in the log that is not for students
-    export DASHBOARD_METRIC_PORT=-1 RAY_enable_metrics_collection=0   # no ports: these would ask nobody for the token
-    export RAY_prestart_worker_first_driver=0          # start processes when a trial needs them, not while nodes join
-    export RAY_TRAIN_METRICS_ENABLED=0                 # nobody collects them
-    export RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.2       # a report reaches Tune within half a second instead of two
-    export RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=300  # imports from a busy shared file system can take minutes
-    export RAY_TRAIN_ENABLE_PRINT_PATCH=0              # else every line of a worker appears twice
-    export RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0       # it asks for notices that only clouds send
-    export TUNE_WARN_THRESHOLD_S=60                    # no warnings that the machine is busy: it is
+    prepare_cluster "$(node_address)" ${HEAD_ADDRESS:+"${HEAD_ADDRESS%:*}"}
     prepare_training
     # Unix sockets allow 107 characters, of which Ray needs about 60: a short folder, on a local disk, ours alone. Ray
     # opens its own folder to all users, so that one lies inside.
@@ -155,16 +179,6 @@ prepare_ray() {                                        # environment, folder and
     RAY_LOG=$RUN_DIR/ray_$ROLE-$JOB.log
     : >"$RAY_LOG"
     watch_over
-}
-
-prepare_training() {                                   # environment of every process that trains
-    export PYTHONPATH="$REPO/scripts/raytune_hpo/raytune_asha_scheduler${PYTHONPATH:+:$PYTHONPATH}"   # other scripts import the lesson
-    export PYTORCH_NVML_BASED_CUDA_CHECK=1             # asking whether there are GPUs must not initialise CUDA
-    export TORCHDYNAMO_DISABLE=1                       # else DeepSpeed loads torch's compiler: 1.3 s a process
-    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1   # glibc reuses freed memory: fresh pages for gradients took a third of a step
-    export GOMP_SPINCOUNT=1000                         # threads that wait give their core away: else trials that share cores take up to 30 times as long
-    export TOKENIZERS_PARALLELISM=false                # else it warns at every fork
-    export TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1   # the log is for results
 }
 
 # start_ray OPTIONS...: in the background, in the foreground of a process that can be watched: $RAY
@@ -189,10 +203,11 @@ last_error() {                                         # in Ray's log: of a trac
 }
 
 likely_cause() {                                       # that Ray itself does not name: it says "overloaded" or "GCS may have been killed"
-    local limit used address
-    limit=$(ulimit -u) used=$(ps -L -u "$(id -u)" -o tid= | wc -l) address=$(node_address)
-    if [[ $limit != unlimited ]] && ((limit - used < 300)); then     # threads; Ray has some 150, a trial 130
-        printf ', with ulimit -u %s, of which %s are in use: raise it before sbatch, or ask your site' "$limit" "$used"
+    local left address
+    left=$(python "$REPO/scripts/raytune_hpo/worker_capacity.py" --processes) address=$(node_address)
+    if [[ $left != inf ]] && ((left < 300)); then      # threads; Ray has some 150, a trial 130
+        printf ', and only %s more processes may be started here (ulimit -u %s, or a cgroup'\''s pids.max): raise it before sbatch, or ask your site' \
+            "$left" "$(ulimit -u)"
     elif ! python -c 'import socket, sys; socket.create_server((sys.argv[1], 0))' "$address" 2>/dev/null; then
         printf ', with the address %s, which is not one of this node (%s): set NODE_ADDRESS in the EDIT block' "$address" "$(hostname -I | xargs)"
     fi

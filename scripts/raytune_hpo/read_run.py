@@ -4,6 +4,7 @@ Used by fill_tables.py. The standard library only. Text of a log is never evalua
 """
 
 import ast
+import codecs
 import contextlib
 import csv
 import datetime
@@ -19,6 +20,10 @@ from pathlib import Path
 TITLES = {"lr": "Learning Rate (lr)", "per_device_bs": "Batch Size (bs)", "wd": "Weight Decay (wd)"}
 GRID_CSV = "lr,per_device_bs,wd,eval_loss,epoch,runtime_s"  # the first line of the manual grid's CSV
 MAX_BYTES = 200_000_000  # of a log; a real one has some 10 kB
+# A line that was cut in two: the frame of a table, or a trial's hyperparameters.
+FOLDED = re.compile(
+    r"^\+-[-+=]*[-=]$|^\|[-=+]+[-=]$|search +\| \S+  started +(\S+ \S+  )*(\S+$|.*\n\S+ [-+.\de]+(  |$))", re.MULTILINE
+)
 BANNER = re.compile(r"===== JOB (\S+) (START|FINISH) *: (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) ?(.*?) =====")
 CLOCK = re.compile(r"(\d\d):(\d\d):(\d\d) (\S+)(?: \S+)? \| (.*)")
 EVENT = re.compile(r"(\S.*?)  (started|epoch|stopped|finished|ended|lost|FAILED)(?: +(.*))?$")
@@ -132,10 +137,21 @@ def read_text(path):
         raise NotALog(f"{path}: cannot be read ({error.strerror}); give {example}") from None
     if not data.strip():
         raise NotALog(f"{path}: is empty; wait until the job has started, or give another log")
-    if b"\0" in data:
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # what PowerShell saves
+    if b"\0" in data and not utf16:
         raise NotALog(f"{path}: is binary, not a log; give {example}")
-    text = data.decode("utf-8-sig", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
-    return [NOT_TEXT.sub("", line).rstrip() for line in text.split("\n")]
+    text = data.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")
+    lines = [NOT_TEXT.sub("", line).rstrip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    start = next((line for line in lines if BANNER.search(line)), "")
+    before = start[: start.find("=====")]  # "> " of a mail, blanks of a quotation
+    lines = [line.removeprefix(before) for line in lines]
+    for what, changed in (
+        ("its lines were folded", FOLDED.search("\n".join(lines))),
+        ("its blanks were squeezed", " START :" in start),
+    ):
+        if changed:
+            raise NotALog(f"{path}: {what}, by a mail or chat program perhaps; get the file itself from the cluster")
+    return lines
 
 
 def value_of(text):
@@ -383,7 +399,7 @@ def read_log(path):
                     combination(run, assignments(done[1])).status = "finished"
                 elif cluster := CLUSTER.match(text):
                     run.slots, run.on_gpus, run.cluster_at = float(cluster[1]), cluster[3] == "GPUs", run.now
-            elif joined := JOINED.search(text):
+            elif (joined := JOINED.search(text)) and joined[1] not in (node[3] for node in run.nodes):  # not once more
                 run.nodes.append((run.now, int(joined[2]), int(joined[3]), joined[1]))
             elif held := HELD.search(text):
                 run.held[held[1]] = int(held[2])

@@ -3,7 +3,7 @@
 # Without this file a run that goes well goes just as well. Sourced by head_node_raytune_asha_hpo.slurm, after ray_job.sh.
 
 WORKER_JOBS=()                                         # ids of the worker jobs, in the order of their submission
-REPLACEMENTS=3                                         # worker jobs submitted in place of ones that ended too early
+REPLACEMENTS=3                                         # for each node: worker jobs submitted in place of ones that ended too early
 REPLACED=0
 declare -A ANNOUNCED=() ENDED=() TOLD=()               # workers that joined; that ended too early; reasons told
 QUEUE=""                                               # "job state reason" of the workers that have not ended, as of the last look
@@ -87,6 +87,42 @@ say_why_it_failed() {                                  # say_why_it_failed STATU
 }
 
 # ---- The worker jobs -------------------------------------------------------------------------------------------------
+submit_worker() {
+    local job n=$((${#WORKER_JOBS[@]} + 1))
+    job=$(sbatch_worker) || return 1
+    WORKER_JOBS+=("$job")
+    say "submitted worker $n/$((n > WORKER_NODES ? n : WORKER_NODES)): job $job, log logs/ray_worker_bloom_5epochs-$job.out"
+}
+
+sbatch_worker() {                                      # prints the job's id, out of all that a site may add
+    local said job="" tries=0
+    cd "$EXERCISE" || return 1
+    until said=$(sbatch --parsable --export=ALL worker_node_raytune_asha_hpo.slurm "$RUN_DIR" "$JOB" 2>&1); do
+        { is_busy "$said" && ((++tries < 10)); } || break
+        say "sbatch: $(tail -n 1 <<<"$said"); trying again" >&2
+        sleep 5                                        # it may have been submitted all the same: then it is in the queue
+        job=$(unknown_worker) || break
+        [[ -z $job ]] || break
+    done
+    job=${job:-$(job_id "$said")}
+    [[ -n $job ]] || { echo "$said" >&2; return 1; }
+    echo "$job"
+}
+
+unknown_worker() {                                     # prints the id of a worker job of this head that is not in WORKER_JOBS
+    local queue id command
+    queue=$(ask squeue --noheader --me --format='%i %o') || return 1
+    while read -r id command; do
+        [[ $command != *" $RUN_DIR $JOB" || " ${WORKER_JOBS[*]} " == *" $id "* ]] || { echo "$id"; break; }
+    done <<<"$queue"
+}
+
+check_capacity() {                                     # of the first worker job; if Slurm is too busy to tell, the worker itself does
+    local record
+    record=$(ask scontrol show job "${WORKER_JOBS[0]}") || return 0
+    python "$TOOLS/worker_capacity.py" --record --nodes "$WORKER_NODES" <<<"$record"
+}
+
 queued_workers() {                                     # prints QUEUE anew; 1: Slurm is busy
     local queue
     ((${#WORKER_JOBS[@]} > 0)) || return 0
@@ -135,6 +171,9 @@ a_worker_joined() {                                    # for wait_until
 
 announce_workers() {                                   # "worker 1/2 joined", once each
     local file job
+    for file in "${!ANNOUNCED[@]}"; do
+        [[ -e $file ]] || unset "ANNOUNCED[$file]"     # Slurm has requeued it
+    done
     for file in "$RUN_DIR"/joined-*; do
         [[ -e $file && -z ${ANNOUNCED[$file]:-} ]] || continue
         ANNOUNCED[$file]=yes
@@ -144,13 +183,13 @@ announce_workers() {                                   # "worker 1/2 joined", on
     done
 }
 
-# Replaces workers that ended too early, REPLACEMENTS times in all; their trials start again on other nodes by themselves.
+# Replaces workers that ended too early, REPLACEMENTS times for each node; their trials start again on other nodes by themselves.
 # 1: no worker can come any more, or none has served for WORKER_DEADLINE seconds.
 mind_workers() {
     local job serving="" waited
     look_at_queue || return 0
     tell_who_ended "${WORKER_JOBS[@]}"
-    while ((REPLACED < ${#ENDED[@]} && REPLACED < REPLACEMENTS)); do
+    while ((REPLACED < ${#ENDED[@]} && REPLACED < REPLACEMENTS * WORKER_NODES)); do
         REPLACED=$((REPLACED + 1))
         submit_worker || say "sbatch refused to replace it (its message is above)"
     done
@@ -162,7 +201,7 @@ mind_workers() {
         LAST_SERVED=$SECONDS
         MINUTES_TOLD=0
     elif ((${#ENDED[@]} == ${#WORKER_JOBS[@]})); then
-        say "no worker is left, and $REPLACEMENTS have been replaced already"
+        say "no worker is left, and $REPLACED have been replaced already"
         return 1
     elif ((waited > WORKER_DEADLINE)); then
         say "waited $WORKER_DEADLINE s (WORKER_DEADLINE) for another worker; giving up"
@@ -185,7 +224,7 @@ release_workers() {                                    # the workers leave, and 
     done
     ! some_workers_left || cancel_workers
     for job in "${WORKER_JOBS[@]}"; do
-        record=$(scontrol show job "$job" 2>/dev/null) || continue
+        record=$(ask scontrol show job "$job") || continue
         if [[ $record != *JobState=RUNNING* && $record =~ StartTime=([0-9T:-]+)\ EndTime=([0-9T:-]+) ]]; then
             say "worker job $job held its node for $(($(date -d "${BASH_REMATCH[2]}" +%s) - $(date -d "${BASH_REMATCH[1]}" +%s))) s, by Slurm's record"
         fi
@@ -202,7 +241,7 @@ some_workers_left() {                                  # or Slurm is busy, so no
 how_to_look_inside() {                                 # ready to paste on your own computer while the job runs
     local port
     port=$(grep -o '127\.0\.0\.1:[0-9]*' "$RAY_LOG" | head -n 1 | cut -d: -f2) || return 0
-    say "dashboard: ssh -N -L 8265:127.0.0.1:$port ${SLURM_JOB_ID:+-J $(id -un)@${SLURM_SUBMIT_HOST:-login-node} }$(id -un)@$(hostname)"
+    say "dashboard: ssh -N -L 8265:127.0.0.1:$port ${ON_SLURM:+-J $(id -un)@${SLURM_SUBMIT_HOST:-login-node} }$(id -un)@$(hostname)"
     say "           then open http://localhost:8265; it asks for the token in $RUN_DIR/token"
     say "curves: tensorboard --logdir $RUN_DIR/tune"
 }
@@ -211,7 +250,7 @@ say_how_it_ended() {                                   # say_how_it_ended STATUS
     local record end submit=bash
     ! on_slurm || submit=sbatch
     # Slurm sends TERM for scancel, too, but then the job is no longer RUNNING.
-    if (($1 == 143)) && record=$(scontrol show job "${SLURM_JOB_ID:-}" 2>/dev/null) && [[ $record =~ EndTime=([0-9T:-]+) ]]; then
+    if (($1 == 143)) && on_slurm && record=$(ask scontrol show job "$JOB") && [[ $record =~ EndTime=([0-9T:-]+) ]]; then
         end=${BASH_REMATCH[1]}
         if [[ $record == *Reason=TimeLimit* || $record == *JobState=RUNNING* ]] && (($(date -d "$end" +%s) - $(date +%s) < 900)); then
             say "the time limit of this job, $end, has come near (#SBATCH --time; sbatch --time=... sets another)"

@@ -4,18 +4,24 @@
     python worker_capacity.py                                  # the exercise's worker node: 20 CPUs, 8 GPUs
     python worker_capacity.py --Cnode 32 --Gnode 4 --nodes 3   # another one
     python worker_capacity.py --slots --Cnode 20 --Gnode 0     # the number alone, for scripts
-    python worker_capacity.py --job FILE.slurm                 # Cnode and Gnode from a script's #SBATCH lines
+    scontrol show job 4711 | python worker_capacity.py --record     # Cnode and Gnode as Slurm understood this job
+    python worker_capacity.py --cpus                           # CPUs that a process may use on this machine
+    python worker_capacity.py --processes                      # processes and threads that may still be started on it
 
 Defaults: W, Cw and Gw are WORKERS_PER_TRIAL, CPUS_PER_WORKER and GPUS_PER_WORKER; Cnode and Gnode are those
 of the Slurm job or, if it has GPUs, of this machine.
 """
 
 import argparse
+import contextlib
+import math
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 
 def trials_at_once(W, Cw, Gw, Csys, Cnode, Gnode):
@@ -33,35 +39,74 @@ def this_machine():
     """(CPUs, GPUs, source): of the Slurm job, of this machine if it has GPUs, else of the exercise's node."""
     env = os.environ
     if "SLURM_JOB_ID" in env:
-        cpus, gpus = env.get("SLURM_CPUS_ON_NODE", os.cpu_count()), env.get("SLURM_GPUS_ON_NODE", 0)
-        return cpus, gpus, f"Slurm job {env['SLURM_JOB_ID']}"
+        return usable_cpus(), env.get("SLURM_GPUS_ON_NODE", 0), f"Slurm job {env['SLURM_JOB_ID']}"
     if shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
         if gpus := listed.count("UUID"):
-            return os.cpu_count(), gpus, "this machine"
+            return usable_cpus(), gpus, "this machine"
     return 20, 8, "the exercise's worker node"
 
 
-def asked_for(text):
-    """(CPUs, GPUs, exclusive) that the #SBATCH lines of a job script for one node and one task ask for.
+def asked_for(record):
+    """(CPUs, GPUs, nodes, exclusive) of a job, from what `scontrol show job` says of it.
 
-    As sbatch reads them: the last of two lines counts, none after the first command, none with ## in front.
-    GPUs may be given as --gpus-per-node, --gpus, --gpus-per-task or --gres, with or without their type.
+    Slurm's record, not the job script: there are many ways to ask, also in variables, and Slurm knows them all.
+    GPUs stand there as TresPerNode=gres:gpu:8, gres/gpu:v100:8 or the like, per node, job, task or socket.
     """
-    options = {}
-    for line in text.splitlines():
-        if line.strip() and not line.startswith("#"):
-            break
-        if match := re.match(r"#SBATCH\s+(?:--([a-z-]+)|-([cG]))(?:(?:=|\s+|(?<=-[cG]))([^\s#]\S*))?", line):
-            options[match[1] or {"c": "cpus-per-task", "G": "gpus"}[match[2]]] = match[3] or ""
-    given = [options[name] for name in ("gpus-per-node", "gpus", "gpus-per-task") if options.get(name)]
-    gpus = [re.search(r"(?:^|:)(\d+)$", text) for text in given]
-    counts = [int(gpu[1]) if gpu else 1 for gpu in gpus]
-    for gres in options.get("gres", "").split(","):
-        kind, _, count = gres.partition(":")
-        if kind.removeprefix("gres/") == "gpu":
-            counts.append(int(number[1]) if (number := re.search(r"(?:^|:)(\d+)(?:\(.*)?$", count)) else 1)
-    return int(options.get("cpus-per-task") or 1), max(counts, default=0), "exclusive" in options
+    field = dict(re.findall(r"(\S+?)=(\S*)", record))
+    number = lambda name: int((re.match(r"\d+", field.get(name, "")) or "0")[0])
+    gpus = 0
+    for per in ("Node", "Job", "Socket", "Task"):
+        counts = re.findall(r"gres[:/]gpu(?:[:=](?!\d+\b)[^:=,]+)?(?:[:=](\d+))?", field.get(f"TresPer{per}", ""))
+        gpus = max(gpus, sum(int(count or 1) for count in counts) * (number("NumTasks") if per == "Task" else 1))
+    per_gpu = re.search(r"gpu\S*?[:=](\d+)$", field.get("CpusPerTres", ""))
+    cpus = max(number("NumCPUs"), number("MinCPUsNode"), int(per_gpu[1]) * gpus if per_gpu else 0)
+    return cpus, gpus, number("NumNodes"), field.get("OverSubscribe") == "NO"
+
+
+# ---- What this machine grants ----------------------------------------------------------------------------
+def usable_cpus(root="/"):
+    """CPUs that this process may use, at least 1: in a batch job Slurm's, else the least of all that limits it."""
+    of_slurm = int(os.environ.get("SLURM_CPUS_ON_NODE") or 0)
+    if os.environ.get("ON_SLURM") and of_slurm:
+        return of_slurm
+    counts = [len(os.sched_getaffinity(0)), *([of_slurm] if of_slurm else [])]
+    for folder in cgroups("cpu", root):  # https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (folder / "cpu.max").read_text().split()  # version 2; without a limit "max 100000"
+            counts.append(int(quota) // int(period))
+        with contextlib.suppress(OSError, ValueError):  # version 1; without a limit -1
+            quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+            counts += [quota // period] if quota > 0 else []
+    return max(1, min(counts))
+
+
+def free_processes(root="/"):
+    """Processes and threads that this user may still start here; math.inf without a limit."""
+    left, limit = [math.inf], resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if limit != resource.RLIM_INFINITY:
+        mine = [task for task in Path("/proc").glob("[0-9]*") if owner(task) == os.getuid()]
+        left.append(limit - sum(len(list(task.glob("task/*"))) for task in mine))
+    for folder in cgroups("pids", root):
+        with contextlib.suppress(OSError, ValueError):
+            left.append(int((folder / "pids.max").read_text()) - int((folder / "pids.current").read_text()))
+    return min(left)
+
+
+def owner(path):
+    with contextlib.suppress(OSError):
+        return path.stat().st_uid
+
+
+def cgroups(controller, root="/"):
+    """Folders of the cgroups that this process is in, outwards. In a container the outermost is all one sees."""
+    with contextlib.suppress(OSError):
+        for line in Path(root, "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers or controller in controllers.split(","):  # version 2 has none in this place
+                top = Path(root, "sys/fs/cgroup", controller if controllers else "")
+                folder = Path(f"{top}{path}")
+                yield from (each for each in (folder, *folder.parents) if each.is_relative_to(top))
 
 
 def main():
@@ -82,15 +127,21 @@ def main():
         parser.add_argument(f"--{name}", type=whole_number(low), default=default,
                             help=f"{meaning} (default {default})")
     parser.add_argument("--slots", action="store_true", help="print T alone")
-    parser.add_argument("--job", metavar="FILE",
-                        help="a job script: Cnode and Gnode are what its #SBATCH lines ask for")
+    parser.add_argument("--record", action="store_true", help="read a job's record; Cnode and Gnode are its own")
+    parser.add_argument("--cpus", action="store_true", help="print the CPUs that a process may use here")
+    parser.add_argument("--processes", action="store_true", help="print how many may still be started here")
     a = parser.parse_args()
-    if a.job:
-        with open(a.job, encoding="utf-8") as file:
-            a.Cnode, a.Gnode, whole = asked_for(file.read())
+    if a.cpus or a.processes:
+        print(usable_cpus() if a.cpus else free_processes())
+        return 0
+    if a.record:
+        a.Cnode, a.Gnode, nodes, whole = asked_for(sys.stdin.read())
         # nodes without GPUs: a trial asks for none, unless told to
         if a.Gnode == 0 and "GPUS_PER_WORKER" not in os.environ:
             a.Gw = 0
+        if nodes > 1:
+            print(f"ERROR: a worker job asks for {nodes} nodes and uses one; ask for one, and set WORKER_NODES={nodes}")
+            return 1
         if whole:
             print("capacity: a worker has a whole node (--exclusive); it counts CPUs and GPUs when it starts")
             return 0
@@ -99,7 +150,7 @@ def main():
         print(T)
         return 0
     print(f"capacity: {T} trial(s) at once on a node, {T * a.nodes} on {a.nodes} node(s)")
-    if not any(option.startswith(("--Cnode", "--Gnode", "--job")) for option in sys.argv):
+    if not any(option.startswith(("--Cnode", "--Gnode", "--record")) for option in sys.argv):
         print(f"  Cnode = {a.Cnode} and Gnode = {a.Gnode}: {source}")
     inequalities(a, max(T, 1))  # if none fits, the inequality that one trial breaks
     more_cpus, more_gpus = a.Csys + (T + 1) * a.W * a.Cw - a.Cnode, (T + 1) * a.W * a.Gw - a.Gnode

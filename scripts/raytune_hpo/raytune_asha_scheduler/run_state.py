@@ -13,10 +13,15 @@ import ray
 from ray import cloudpickle, tune
 from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
 from raytune_asha_hpo import VARIABLES, say
 
-RESTARTS = 3  # of a trial whose node was lost
+RESTARTS = 3  # of a trial whose node was lost, for each worker node
 TESTED = ("2.60.0",)  # versions of Ray in which should_recover below decides on a restart
 
 
@@ -33,7 +38,7 @@ def improve(plan):
         plan.tune_config.scheduler = Remembering(plan.tune_config.scheduler, run_dir / "reports.jsonl")
     if ray.__version__ in TESTED:
         Trial.should_recover = lost_with_its_node
-        plan.run_config.failure_config = tune.FailureConfig(max_failures=RESTARTS)
+        plan.run_config.failure_config = tune.FailureConfig(max_failures=RESTARTS * s.WORKER_NODES)
     else:
         say(f"Ray {ray.__version__} is not {' or '.join(TESTED)}: a trial fails if its node is lost")
     if (saved := newest_state(run_dir / "tune")) is not None:

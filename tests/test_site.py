@@ -1,0 +1,221 @@
+"""What a site, its modules and a user's shell can hold: the run is the same, or one line says what is wrong.
+
+The whole of it is in test_run.py: there a run on the sandbox has all of HOSTILE at once.
+"""
+
+import math
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import EXERCISE, HEAD, HOSTILE, REPO, job_of, load_module
+
+WORKER = "worker_node_raytune_asha_hpo.slurm"
+JOB_FILES = [EXERCISE / HEAD, REPO / "experiments/manual/bloom_hpo_manual.slurm"]
+SCRIPTS = [*JOB_FILES, *(REPO / f"scripts/{name}.sh" for name in ("quickstart", "setup_env", "check_site"))]
+
+
+def shell(commands, name="bash", **variables):
+    """Commands in a shell that has the functions of a head job -> (exit status, lines)."""
+    source = 'ROLE=head; for file in ray_job watch_run; do source "$REPO/scripts/raytune_hpo/$file.sh"; done'
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
+    environ = kept | {"REPO": str(REPO)} | variables
+    run = subprocess.run(["bash", "-c", f"{source}; set -euo pipefail; {commands}", name], env=environ, text=True,
+                         check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)  # fmt: skip
+    return run.returncode, run.stdout.splitlines()
+
+
+def stand_in(folder, name, script):
+    """A command of this name, first on the PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+    (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+# ---- The environment ---------------------------------------------------------------------------------------
+LATER = {"POSIXLY_CORRECT": "1", "GREP_OPTIONS": "-v", "CDPATH": "/", "BASH_ENV": "/dev/null", "LANGUAGE": "de",
+         "SINFO_FORMAT": "%x", "PYTHONWARNINGS": "error", "PYTHONIOENCODING": "ascii", "PYTHONHOME": "/none",
+         "WORLD_SIZE": "4", "MASTER_PORT": "1", "OMP_PROC_BIND": "close", "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "x:1",
+         "TUNE_RESULT_DIR": "/none", "ACCELERATE_MIXED_PRECISION": "fp8", "SBATCH_WAIT": "1", "SBATCH_JOB_NAME": "x",
+         "NCCL_SOCKET_IFNAME": "ib0", "DS_ACCELERATOR": "none"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, *LATER])
+def test_a_job_has_the_same_environment_whatever_a_variable_holds(name):
+    plain = {"http_proxy", "PYTHONPATH", "NODE_NAME"}  # stay: the hub may need the first, see below for the second
+    dump = 'RUN_DIR=/r; prepare_cluster 10.0.0.1; [[ -n "$(date)" ]]; env | sort'
+    status, lines = shell(dump, **{name: (HOSTILE | LATER)[name]})
+    said = re.compile(r"bash: warning: setlocale|ERROR: ld.so|_=|LD_PRELOAD=.* cannot be loaded")
+    mine = lambda lines: [line for line in lines if not said.match(line)]
+    without = {name: ""} if name in os.environ else {}
+    expected = mine(shell(dump, **without)[1])
+    assert status == 0
+    assert [line for line in mine(lines) if name not in plain or not line.startswith(f"{name}=")] == expected
+
+
+def test_nothing_inside_the_cluster_goes_through_a_proxy():
+    _, lines = shell('RUN_DIR=/r; prepare_cluster 10.0.0.1 10.0.0.2; env', http_proxy="http://p:1", no_proxy="site.org")
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        assert f"{name}=site.org,localhost,127.0.0.1,10.0.0.1,10.0.0.2" in lines
+
+
+def test_packages_of_a_module_do_not_shadow_the_environments_own(tmp_path):
+    for name in ("transformers", "of_the_module"):
+        (tmp_path / f"{name}.py").write_text("")
+    where = 'choose_python; python -c "import of_the_module, transformers; print(transformers.__file__)"'
+    status, (file,) = shell(where, PYTHONPATH=str(tmp_path))
+    assert status == 0 and file.startswith(f"{REPO}/.venv/")
+
+
+def test_a_library_path_that_breaks_pytorch_is_named(tmp_path):
+    (tmp_path / "libc10.so").write_text("of another PyTorch")
+    status, lines = shell("choose_python; find_gpus", LD_LIBRARY_PATH=str(tmp_path))
+    said = rf"ERROR: PyTorch does not run on this node: .*; LD_LIBRARY_PATH={tmp_path} gives it other libraries"
+    assert status == 1 and re.match(said, lines[-1])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_elsewhere_than_on_linux_one_line_says_so(script):
+    run = subprocess.run(["bash", script], cwd=script.parent, env=os.environ | {"OSTYPE": "darwin23"}, text=True,
+                         check=False, capture_output=True, timeout=60)  # fmt: skip
+    assert run.returncode == 1 and run.stdout == ""
+    assert re.fullmatch("ERROR: OSTYPE=darwin23: this runs on Linux only; on Windows use WSL2, .*\n", run.stderr)
+
+
+# ---- What limits a process ---------------------------------------------------------------------------------
+CPU_QUOTAS = [  # /proc/self/cgroup; files below /sys/fs/cgroup; CPUs
+    ("0::/\n", {"cpu.max": "200000 100000"}, 2),  # a container, version 2
+    ("0::/a/b\n", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3),
+    ("0::/a\n", {"a/cpu.max": "50000 100000"}, 1),
+    ("4:cpu,cpuacct:/d/x\n1:name=s:/\n", {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+    ("4:cpu:/d\n", {"cpu/d/cpu.cfs_quota_us": "-1", "cpu/d/cpu.cfs_period_us": "100000"}, 64),
+    ("", {}, 64),
+]
+
+
+def make(root, cgroup, files):
+    """The files of /proc and /sys that tell a process its limits, below root."""
+    for name, text in {"proc/self/cgroup": cgroup, **{f"sys/fs/cgroup/{n}": files[n] for n in files}}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+@pytest.mark.parametrize("cgroup, files, cpus", CPU_QUOTAS)
+def test_places_follow_the_quota_of_a_container(tmp_path, monkeypatch, cgroup, files, cpus):
+    capacity = load_module(REPO / "scripts/raytune_hpo/worker_capacity.py")
+    make(tmp_path, cgroup, files)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    for name in ("SLURM_CPUS_ON_NODE", "ON_SLURM"):
+        monkeypatch.delenv(name, raising=False)
+    assert capacity.usable_cpus(tmp_path) == cpus
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "2")  # inside an allocation
+    assert capacity.usable_cpus(tmp_path) == min(cpus, 2)
+
+
+def test_processes_that_a_cgroup_allows_count_like_those_of_ulimit(tmp_path, monkeypatch):
+    capacity = load_module(REPO / "scripts/raytune_hpo/worker_capacity.py")
+    make(tmp_path, "0::/user\n", {"user/pids.max": "500\n", "user/pids.current": "480\n"})
+    assert capacity.free_processes(tmp_path) == 20
+    monkeypatch.setattr(capacity.resource, "getrlimit", lambda _: (capacity.resource.RLIM_INFINITY,) * 2)
+    assert capacity.free_processes(tmp_path / "none") == math.inf
+
+
+def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, demo):
+    path = stand_in(tmp_path / "bin", "flock", 'echo "flock: 9: Function not implemented" >&2; exit 69')
+    prefetch = ["bash", REPO / "scripts/prefetch.sh", tmp_path / "folder"]
+    environ = os.environ | {"PATH": path, "MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+    for command in (["bash", REPO / "scripts/setup_env.sh"], prefetch):
+        run = subprocess.run(command, env=environ, text=True, capture_output=True, check=False, timeout=60)
+        assert run.returncode == 0 and "not implemented" not in run.stderr, run.stderr
+
+
+# ---- Inside an allocation, and variables that do not arrive -------------------------------------------------
+IN = {"SLURM_JOB_ID": "7"}
+TWO_NODES = IN | {"SLURM_JOB_NODELIST": "n[1-2]"}
+
+
+@pytest.mark.parametrize("name, variables, scontrol, status, said", [
+    ("bash", IN, "exit 127", 0, "inside Slurm job 7, but not by sbatch"),  # in a container, say
+    ("bash", TWO_NODES | {"SLURMD_NODENAME": "n1"}, "echo n1; echo n2", 0, "inside Slurm job 7, but not by sbatch"),
+    ("bash", TWO_NODES, "echo n1; echo n2", 1, r"ERROR: SLURM_JOB_ID=7: \S+ is not a node of this job \(n1 n2\)"),
+    ("bash", TWO_NODES, "echo n1; hostname -s", 0, "inside Slurm job 7, but not by sbatch"),
+    ("slurm_script", IN | {"SLURM_EXPORT_ENV": "NONE"}, "", 0, "WARNING: .*, RESUME included, none came here"),
+    ("slurm_script", IN | {"SLURM_EXPORT_ENV": "LR_UPPER"}, "", 0, "WARNING: .* but those of --export=LR_UPPER"),
+    ("slurm_script", IN | {"SLURM_EXPORT_ENV": "ALL,A=1"}, "", 0, None),
+    ("bash", {}, "exit 127", 0, None),
+])  # fmt: skip
+def test_how_a_job_was_started(tmp_path, name, variables, scontrol, status, said):
+    path = stand_in(tmp_path / "bin", "scontrol", scontrol)
+    found, lines = shell("look_around", name, **variables | {"PATH": path})
+    assert found == status and (re.search(said, lines[-1]) if said else lines == [])
+
+
+def test_in_an_allocation_the_node_is_used_and_nothing_submitted(slurm, course, demo):
+    """srun, as in salloc or from JupyterHub, on the sandbox."""
+    environ = slurm | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "NUM_SAMPLES": "1"}
+    environ |= {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "8", "NUM_EPOCHS": "1", "WORKERS_PER_TRIAL": "1"}
+    command = ["srun", "--quiet", "--nodelist=worker1", "--cpus-per-task=4", "bash", HEAD]
+    run = subprocess.run(command, cwd=course, env=environ, text=True, capture_output=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    job = job_of(run.stdout)
+    assert job.startswith("local-") and (course / f"runs/{job}/tables.md").exists()
+    assert "submitted worker" not in run.stdout
+    assert re.search(r"head worker1 \| inside Slurm job \d+, but not by sbatch: this node alone is used", run.stdout)
+
+
+# ---- Slurm's answers ---------------------------------------------------------------------------------------
+TIMEOUT = 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1'
+ANSWERS = {
+    "busy at first": f"[[ -e $0.asked ]] || {{ touch $0.asked; {TIMEOUT}; }}; exec $REAL --hold",
+    "submitted all the same": f"[[ -e $0.asked ]] && exit 9; touch $0.asked; $REAL --hold >/dev/null; {TIMEOUT}",
+    "a banner": 'echo "Your account: physics"; echo "Balance: 1234"; $REAL --hold; echo "1 job, thank you" >&2',
+    "the long form": 'echo "Submitted batch job $($REAL --hold)"',
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_one_job_is_submitted_whatever_sbatch_answers(slurm, course, tmp_path, answer):
+    real = f'{shutil.which("sbatch")} "$@"'
+    command, _, option = ANSWERS[answer].replace("$REAL", real).partition("\0")
+    command = command.replace('"$@" --hold', '--hold "$@"') + option
+    path = stand_in(tmp_path / "bin", "sbatch", command)
+    run_dir = course / "runs/a run"
+    run_dir.mkdir(parents=True)
+    commands = f'EXERCISE={course} RUN_DIR="{run_dir}" WORKER_NODES=1; submit_worker; echo "${{WORKER_JOBS[@]}}"'
+    found, lines = shell(commands, **slurm | {"PATH": path})
+    jobs = subprocess.check_output(["squeue", "--noheader", "--format=%i"], env=slurm, text=True).split()
+    subprocess.run(["scancel", *jobs], env=slurm, check=False)
+    assert found == 0 and lines[-1:] == jobs
+
+
+def test_a_slurm_that_stays_silent_is_asked_again_and_a_wrong_question_is_not(tmp_path):
+    first = 'touch $0.asked; echo "Unable to contact slurm controller (connect failure)" >&2; exit 1'
+    path = stand_in(tmp_path / "bin", "scontrol", f"[[ -e $0.asked ]] || {{ {first}; }}; echo yes")
+    assert shell("ask scontrol show job 1", PATH=path) == (0, ["yes"])
+    path = stand_in(tmp_path / "bin", "scontrol", "echo >>$0.calls; echo 'Invalid job id specified' >&2; exit 1")
+    assert shell("ask scontrol show job 1", PATH=path) == (1, [])
+    assert (tmp_path / "bin/scontrol.calls").read_text() == "\n"
+
+
+def test_a_worker_that_slurm_requeues_joins_once_more(tmp_path):
+    joined = f"WORKER_JOBS=(5); RUN_DIR={tmp_path}; echo 'job 5 on n1' | publish joined-5; announce_workers"
+    again = "rm $RUN_DIR/joined-5; announce_workers; echo away; echo 'job 5 on n2' | publish joined-5; announce_workers"
+    _, lines = shell(f"{joined}; announce_workers; {again}")
+    said = [line.split(" | ")[-1] for line in lines]
+    assert said == ["worker 1/1 joined: job 5 on n1", "away", "worker 1/1 joined: job 5 on n2"]
+
+
+# ---- A container as the environment ------------------------------------------------------------------------
+OWN = ["bash -c 'mount -t tmpfs none /tmp; exec \"$@\"' bash", "unshare --pid --fork --mount-proc"]
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_a_container_that_lacks_what_a_run_needs_is_refused_in_one_line(tmp_path, own):
+    command = f'exec unshare --mount {own} env PATH={REPO}/.venv/bin:/usr/bin:/bin "$@"'
+    path = stand_in(tmp_path / "bin", "container", command)
+    status, (line,) = shell("choose_python", PATH=path, CONTAINER="container")
+    said = r"ERROR: CONTAINER=container: inside are not the same /tmp, \S+ and process ids \(.*\); see \"In a"
+    assert status == 1 and re.match(said, line)
