@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the head watches while a run is under way: its worker jobs, Ray, the disk, the search; and the run it continues.
-# Without this file a run that goes well goes just as well. Sourced by head_node_raytune_asha_hpo.slurm, after ray_job.sh.
+# The head's worker jobs, and what it watches while a run is under way: them, Ray, the disk, the search; and the run that
+# it continues. Sourced by head_node_raytune_asha_hpo.slurm, after ray_job.sh.
 
 WORKER_JOBS=()                                         # ids of the worker jobs, in the order of their submission
 REPLACEMENTS=3                                         # for each node: worker jobs submitted in place of ones that ended too early

@@ -246,7 +246,7 @@ def run_trial(config, s, data, worker, run_dir):
 NEIGHBOURS = ["fast_trials", "run_state", "trial_log"]  # each is optional: its first line says what for
 
 
-def say(text, log=sys.stdout):  # one line of the log, with time and role
+def say(text, log=sys.stdout):  # one line of the log, also where a neighbour has sent sys.stdout elsewhere
     print(f"{time.strftime('%H:%M:%S')} search | {text}", file=log, flush=True)
 
 
@@ -266,7 +266,7 @@ def search(s, run_dir):
     on = "GPUs" if gpus else "CPUs"
     say(f"cluster: {slots} trial(s) at once, {s.WORKERS_PER_TRIAL} workers each, on {on}")
     worker = {"CPU": s.CPUS_PER_WORKER} | ({"GPU": gpus} if gpus else {})  # what each needs
-    data = ray.put(rows)  # once, for all trials
+    data = ray.put(rows)  # once, for all trials; in a list Tune hands the reference on, not the rows
     trial = tune.with_parameters(run_trial, s=s, data=[data], worker=worker, run_dir=run_dir)
     plan = SimpleNamespace(
         make_tuner=tune.Tuner, param_space=search_space(s),
