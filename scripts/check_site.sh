@@ -22,7 +22,7 @@ REPO=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 EXERCISE=$REPO/experiments/raytune/scheduler/asha
 HEAD=$EXERCISE/head_node_raytune_asha_hpo.slurm
 WORKER=$EXERCISE/worker_node_raytune_asha_hpo.slurm
-ROLE="login" RUN_DIR="" WAIT=10
+ROLE="login" RUN_DIR="" WAIT=10 EXPORT=${SBATCH_EXPORT:-ALL}
 GPUS=0 TRIALS=1 NEXT_LOOK=0 STATE=""
 # shellcheck source=SCRIPTDIR/raytune_hpo/ray_job.sh
 source "$REPO/scripts/raytune_hpo/ray_job.sh"                # what a run does: node_address, find_gpus, prepare_ray ...
@@ -55,6 +55,7 @@ check_slurm() {                                              # 1: there is no Sl
         failed "Slurm: no answer to squeue --me within 30 s: $(last "$said"); fix: ask your site if Slurm is down, or older than 20.02"
     else
         ok "Slurm: $(sbatch --version), all commands there"
+        [[ $EXPORT == ALL* ]] || warning "Slurm: SBATCH_EXPORT=$EXPORT, so variables set in front of sbatch do not reach the job; fix: unset SBATCH_EXPORT, or sbatch --export=ALL"
         return 0
     fi
     return 1

@@ -246,6 +246,11 @@ def test_a_missing_command(site, slurm, tmp_path):
     )
 
 
+def test_variables_that_would_not_arrive(site, slurm):
+    _, line = one_check(site, "check_slurm", **slurm | {"SBATCH_EXPORT": "NONE"})
+    assert re.match("warning +login +Slurm: SBATCH_EXPORT=NONE, so variables .* do not reach the job; fix: ", line)
+
+
 def test_a_slurm_that_does_not_answer(site, slurm, tmp_path):
     edit(site / "scripts/check_site.sh", "! said=$(timeout 30 squeue", "! said=$(timeout 1 squeue")
     (line,) = one_check(site, "check_slurm", **slurm | {"SLURM_CONF": str(tmp_path / "none")})

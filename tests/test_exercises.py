@@ -125,7 +125,8 @@ def test_a_second_worker_joins_and_the_first_is_killed(slurm, course, demo):
     assert first == student.workers(job)[0] != added
     wait_for(lambda: "submitted worker 3/3" in log(), 60, "the replacement")
     text = student.runs(300)
-    assert re.search(r"lost       with its node", text) and f"worker job {first} has ended before the search" in text
+    assert re.search(r"lost       with its node \(1 of at most 3 times\); starts again", text)
+    assert f"worker job {first} has ended before the search" in text
     assert f"worker job {added} has ended" not in text and f"worker job {added} held its node for" in text
     assert len(table_of(text)) == 3
     gone = lambda: not student("squeue", "--noheader") and nothing_left(job, *student.workers(job), added)

@@ -45,36 +45,6 @@ def demo_run(demo, **variables):
     return SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")} | variables
 
 
-def test_of_two_worker_nodes_one_is_lost_and_what_earlier_runs_left_has_no_effect(cluster, demo):
-    """Both train; the Ray of one is killed in mid-trial: its trial starts again, a third node takes its place."""
-    jobs = re.findall(r"JobId=(\d+)", cluster("scontrol", "show", "job"))
-    latest = max(map(int, jobs), default=0)
-    for job in range(latest + 1, latest + 4):  # a new sandbox counts its jobs from 1 again: these folders are there
-        (cluster.folder / "runs" / str(job)).mkdir(parents=True)
-        (cluster.folder / "runs" / str(job) / "shutdown.txt").touch()
-        (cluster.folder / "runs" / str(job) / "address").write_text("127.0.0.1:1\n")
-    # One trial at a time on a node, long enough that the second node joins before the first has done them all.
-    long = {"NUM_EPOCHS": "2", "TRAIN_SAMPLES": "400", "CPUS_PER_WORKER": "16"}
-    job = cluster.submit(**demo_run(demo, WORKER_NODES="2", NUM_SAMPLES="3", **long))
-    first, second = wait_for(lambda: len(w := cluster.workers(job)) == 2 and w, 60, "two workers")
-    training = lambda worker: processes_with("TrainingProcess", f" worker {worker}")
-    wait_for(lambda: training(first) and training(second), 240, "training on both nodes")
-    for pid in processes_with("raylet/raylet", f" worker {first}"):
-        os.kill(pid, signal.SIGKILL)
-    assert cluster.wait_for_end(job, 400)["JobState"] == "COMPLETED", cluster.log(job)
-    log = cluster.log(job)
-    check_log(log, job)
-    assert Path(re.search(r"run folder (.*)", log)[1]).name.startswith(f"{job}-")
-    assert "worker 2/2 joined" in log
-    (lost,) = re.findall(r"(TorchTrainer_\S+)  lost       with its node \(1 of at most 6 times\); starts again", log)
-    assert f"worker job {first} has ended before the search: ERROR: Ray on this node has ended" in log
-    assert re.search(r"submitted worker 3/3: job \d+", log)
-    rows = table_of(log)
-    assert len(rows) == 3 and all(row["status"] == "TERMINATED" for row in rows)
-    assert lost in {row["Trial name"] for row in rows}
-    nothing_is_left(cluster, job)
-
-
 @pytest.mark.parametrize("victim", ["batch shell", "gcs_server"])
 def test_when_the_head_dies_the_workers_leave(cluster, demo, victim):
     job = cluster.submit(**demo_run(demo, NUM_SAMPLES="2", **BUSY))
@@ -139,19 +109,23 @@ def test_workers_that_stay_pending_are_waited_for_until_the_deadline(cluster, de
 
 
 def test_without_its_only_worker_a_run_ends_at_the_deadline_and_says_how_to_continue(cluster, demo):
+    """The worker's Ray is killed; a worker job that is cancelled: test_exercises.py."""
     variables = {"NUM_SAMPLES": "1", "NUM_EPOCHS": "2", "WORKER_DEADLINE": "10"}
     job = cluster.submit(**demo_run(demo, **variables, **BUSY))
     wait_for(lambda: "epoch 1/" in cluster.log(job) or "  started" in cluster.log(job), 120, "the trial")
     for node in ("worker1", "worker2"):  # as if the cluster had no more nodes
         cluster("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
     try:
-        cluster("scancel", *cluster.workers(job))
+        (worker,) = cluster.workers(job)
+        for pid in processes_with("raylet/raylet", f" worker {worker}"):
+            os.kill(pid, signal.SIGKILL)
         assert cluster.wait_for_end(job, 90)["ExitCode"] == "1:0", cluster.log(job)
         nothing_is_left(cluster, job)
     finally:
         for node in ("worker1", "worker2"):
             cluster("scontrol", "update", f"NodeName={node}", "State=RESUME")
     log = cluster.log(job)
+    assert f"worker job {worker} has ended before the search: ERROR: Ray on this node has ended" in log
     assert "waited 10 s (WORKER_DEADLINE) for another worker; giving up" in log
     assert f"continue with: RESUME=runs/{job} sbatch {HEAD}" in log
 
@@ -268,7 +242,10 @@ def test_of_two_runs_whose_workers_share_a_node_one_is_cancelled_and_the_other_c
     workers = cluster.workers(first) + cluster.workers(second)
     assert {cluster.job(worker)["NodeList"] for worker in workers} == {"worker1"}
     cluster("scancel", first)
-    assert cluster.wait_for_end(first, 40)["JobState"] == "CANCELLED"
+    end = cluster.wait_for_end(first, 40)
+    assert end["JobState"] == "CANCELLED" and end["ExitCode"] == "143:0"
+    assert re.search(rf"===== JOB {first} FINISH : .* =====\n\Z", cluster.log(first))
+    assert not re.search("SIGTERM received|Killed|Traceback", cluster.log(first))
     wait_for(lambda: nothing_left(first, *cluster.workers(first)), 30, "everything of the first run to be gone")
     assert cluster.wait_for_end(second, 240)["JobState"] == "COMPLETED", cluster.log(second)
     log = cluster.log(second)
@@ -287,10 +264,17 @@ def test_a_run_whose_folder_a_worker_cannot_see_says_so(cluster):
 
 
 def test_a_requeued_job_goes_on_where_it_was(cluster, demo):
+    """Also where a new sandbox, which counts its jobs from 1 again, has left a folder of this name."""
+    jobs = re.findall(r"JobId=(\d+)", cluster("scontrol", "show", "job"))
+    earlier = cluster.folder / "runs" / str(max(map(int, jobs), default=0) + 1)
+    earlier.mkdir(parents=True)
+    (earlier / "shutdown.txt").touch()
+    (earlier / "address").write_text("127.0.0.1:1\n")
     long = {"TRAIN_SAMPLES": "800", "CPUS_PER_WORKER": "10"}
     job = cluster.submit(**demo_run(demo, NUM_SAMPLES="2", **long))
+    assert job == earlier.name
     wait_for(lambda: re.search(r"_00000  (stopped|finished)", cluster.log(job)), 240, "the first trial's end")
-    results = cluster.folder / "runs" / job / "tune"
+    (results,) = cluster.folder.glob(f"runs/{job}-*/tune")
     saved = lambda: "".join(file.read_text() for file in results.glob("experiment_state-*.json"))
     wait_for(lambda: "TERMINATED" in saved(), 30, "the first trial's end in the saved state")
     cluster("scontrol", "requeue", job)

@@ -158,6 +158,7 @@ def test_the_manual_grid_goes_on_after_three_interruptions_and_compares_with_the
     combinations = {(float(row["lr"]), int(row["per_device_bs"]), float(row["wd"])) for row in found}
     assert combinations == {(lr, 4, 0.01) for lr in (1e-2, 1e-3, 2e-2)} and len(found) == 3
     assert sum(log(job).count("RESULT ") for job in jobs) == 3  # none trained to its end twice
+    assert re.search(r"lr=1e-2 per_device_bs=4 wd=0.01 is in results-\d+.csv already", log(job))
     assert re.search(rf"===== JOB {job} FINISH : .* =====\n\Z", log(job))
     assert "lr,per_device_bs,wd,eval_loss" in log(job)
 
@@ -190,8 +191,9 @@ def test_a_worker_job_that_cannot_serve_ends_the_run_with_the_reason(cluster, de
     wait_for(lambda: nothing_left(job) and not cluster("squeue", "--noheader"), 10, "everything to be gone")
 
 
-@pytest.mark.parametrize("moment", ["START  :", "worker 1/1 joined", "epoch 1/", "Best Trial Result"])
+@pytest.mark.parametrize("moment", ["START  :", "worker 1/1 joined", "Best Trial Result"])
 def test_cancelled_at_any_moment_nothing_is_left(cluster, demo, squad, moment):
+    """In mid-training: test_of_two_runs_whose_workers_share_a_node_one_is_cancelled... of test_faults.py."""
     one = {"NUM_SAMPLES": "1", "NUM_EPOCHS": "1"}
     job = cluster.submit(**SPACE, **SMALL, **one, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad))
     wait_for(lambda: moment in cluster.log(job) or "FINISH" in cluster.log(job), 240, f"{moment!r} in the log")
@@ -276,24 +278,27 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
     assert nothing_left(job, job_of(second))
 
 
-def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(course, demo, container):
+def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(slurm, course, demo, container):
     """Each with a Ray of its own on this machine, where another user's Ray has taken its usual ports.
 
-    One is inside an allocation without Slurm's commands, and has its Python in a container.
+    One is inside an allocation, as in salloc or from JupyterHub, and has its Python in a container.
     """
-    environ = os.environ | SPACE | SMALL | {"NUM_SAMPLES": "3", "NUM_EPOCHS": "2"}
+    environ = slurm | SPACE | SMALL | {"NUM_SAMPLES": "3", "NUM_EPOCHS": "2"}
     environ |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
-    start = lambda **variables: subprocess.Popen(["bash", HEAD], cwd=course, env=environ | variables, text=True,
-                                                 stdout=subprocess.PIPE)  # fmt: skip
+    start = lambda command, **variables: subprocess.Popen(
+        command, cwd=course, env=environ | variables, text=True, stdout=subprocess.PIPE
+    )
+    inside = ["srun", "--quiet", "--nodelist=worker1", "--cpus-per-task=4", "bash", HEAD]
     with contextlib.ExitStack() as taken:
         for port in (6379, 8265, 10001):
             taken.enter_context(socket.create_server(("127.0.0.1", port)))
-        runs = [start(), start(SLURM_JOB_ID="7", CONTAINER=container)]
+        runs = [start(["bash", HEAD]), start(inside, CONTAINER=container)]
         logs = [run.communicate(timeout=600)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], logs
     assert "stopped    by ASHA after epoch 1" in logs[0] and job_of(logs[0]) != job_of(logs[1])
-    assert "inside Slurm job 7, but not by sbatch" in logs[1] and "Python: " in logs[1]
-    assert f"{course.parents[3]}/scripts/container/python" in logs[1]
+    said = r"head worker1 \| inside Slurm job \d+, but not by sbatch: this node alone is used, and no jobs"
+    assert re.search(said, logs[1]) and "submitted worker" not in logs[1]
+    assert f"Python: {course.parents[3]}/scripts/container/python" in logs[1]
     for log in logs:
         check_log(log, job_of(log))
         check_results(log, course / "runs" / job_of(log), trials=3, epochs=2)

@@ -68,6 +68,7 @@ def test_capacity_is_what_slurm_understood(cluster):
         ("--cpus-per-task=4\n##SBATCH --gpus-per-node=8\n#SBATCH --cpus-per-task=6", (6, 0, 1, False)),
         ("--cpus-per-task=4\nset -eu\n#SBATCH --cpus-per-task=6", (4, 0, 1, False)),
         ("--exclusive\n#SBATCH --gpus-per-node=4", (1, 4, 1, True)),
+        ("--sockets-per-node=2 --gpus-per-socket=1 --cpus-per-task=8", (16, 0, 1, True)),
         ("--nodes=2 --cpus-per-task=20", (40, 0, 2, False)),
     ):
         (cluster.folder / "job.slurm").write_text(f"#!/bin/bash\n#SBATCH {lines}\ntrue\n")
@@ -88,7 +89,7 @@ RECORD = "NumNodes=1 NumCPUs={} NumTasks=1 OverSubscribe={} {}"
     (RECORD.format(20, "OK", "TresPerNode=gres:gpu:v100:4"), {}, "capacity: 2 trial(s)", 0),
     (RECORD.format(20, "OK", ""), {}, "capacity: 4 trial(s)", 0),
     (RECORD.format(20, "OK", ""), {"GPUS_PER_WORKER": "1"}, "does not fit on a node with 20 CPUs and 0 GPUs", 1),
-    (RECORD.format(1, "NO", ""), {}, "it counts CPUs and GPUs when it starts", 0),
+    (RECORD.format(1, "NO", ""), {}, "it counts them when it starts", 0),
 ])  # fmt: skip
 def test_no_other_edit_is_needed_for_other_nodes(record, variables, told, status):
     tool = [sys.executable, REPO / "scripts/raytune_hpo/worker_capacity.py", "--record"]

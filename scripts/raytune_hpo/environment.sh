@@ -5,7 +5,7 @@
 
 # ---- What other programs print is read here, so it must look the same everywhere -------------------------------------
 export LC_ALL=C.UTF-8
-unset "${!SQUEUE_@}" "${!SINFO_@}" "${!GREP_@}" SLURM_TIME_FORMAT LANGUAGE POSIXLY_CORRECT BASH_ENV CDPATH
+unset "${!SQUEUE_@}" "${!SINFO_@}" "${!GREP_@}" SLURM_TIME_FORMAT LANGUAGE POSIXLY_CORRECT BASH_ENV CDPATH GLOBIGNORE MPLBACKEND
 if [[ -n ${LD_PRELOAD:-} && -n $(env true 2>&1) ]]; then  # else each process complains
     echo "LD_PRELOAD=$LD_PRELOAD cannot be loaded on this node, so it is unset"
     unset LD_PRELOAD
@@ -18,7 +18,8 @@ unset SBATCH_WAIT SBATCH_ARRAY_INX SBATCH_EXPORT SBATCH_OUTPUT SBATCH_ERROR SBAT
 # A trial trains within one node. So the network that a site names for training across nodes is not needed, and if this
 # node lacks it, no trial would start.
 unset GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME TP_SOCKET_IFNAME MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
-unset "${!RAY_@}" "${!TUNE_@}" "${!OMP_@}" "${!KMP_@}" "${!OMPI_@}" "${!PMI_@}" "${!PMIX_@}" "${!ACCELERATE_@}" "${!TORCHELASTIC_@}" "${!DS_@}"
+unset "${!RAY_@}" "${!TUNE_@}" "${!OMP_@}" "${!KMP_@}" "${!GOMP_@}" "${!MKL_@}" "${!OMPI_@}" "${!PMI_@}" "${!PMIX_@}" "${!MV2_@}"
+unset "${!ACCELERATE_@}" "${!FSDP_@}" "${!TORCHELASTIC_@}" "${!DS_@}"
 
 # ---- Python: the course's environment, and no packages from elsewhere in place of its own ----------------------------
 for variable in "${!PYTHON@}"; do

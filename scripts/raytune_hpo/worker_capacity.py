@@ -48,20 +48,21 @@ def this_machine():
 
 
 def asked_for(record):
-    """(CPUs, GPUs, nodes, exclusive) of a job, from what `scontrol show job` says of it.
+    """(CPUs, GPUs, nodes, more) of a job, from what `scontrol show job` says of it. more: it may get more than that.
 
     Slurm's record, not the job script: there are many ways to ask, also in variables, and Slurm knows them all.
-    GPUs stand there as TresPerNode=gres:gpu:8, gres/gpu:v100:8 or the like, per node, job, task or socket.
+    GPUs stand there as TresPerNode=gres:gpu:8, gres/gpu:v100:8 or the like, per node, job, task or socket; how
+    many sockets a node has Slurm does not know yet, nor how many CPUs one that the job gets for itself.
     """
     field = dict(re.findall(r"(\S+?)=(\S*)", record))
     number = lambda name: int((re.match(r"\d+", field.get(name, "")) or "0")[0])
     gpus = 0
-    for per in ("Node", "Job", "Socket", "Task"):
+    for per in ("Node", "Job", "Task"):
         counts = re.findall(r"gres[:/]gpu(?:[:=](?!\d+\b)[^:=,]+)?(?:[:=](\d+))?", field.get(f"TresPer{per}", ""))
         gpus = max(gpus, sum(int(count or 1) for count in counts) * (number("NumTasks") if per == "Task" else 1))
     per_gpu = re.search(r"gpu\S*?[:=](\d+)$", field.get("CpusPerTres", ""))
     cpus = max(number("NumCPUs"), number("MinCPUsNode"), int(per_gpu[1]) * gpus if per_gpu else 0)
-    return cpus, gpus, number("NumNodes"), field.get("OverSubscribe") == "NO"
+    return cpus, gpus, number("NumNodes"), field.get("OverSubscribe") == "NO" or "TresPerSocket" in field
 
 
 # ---- What this machine grants ----------------------------------------------------------------------------
@@ -135,15 +136,15 @@ def main():
         print(usable_cpus() if a.cpus else free_processes())
         return 0
     if a.record:
-        a.Cnode, a.Gnode, nodes, whole = asked_for(sys.stdin.read())
+        a.Cnode, a.Gnode, nodes, more = asked_for(sys.stdin.read())
         # nodes without GPUs: a trial asks for none, unless told to
         if a.Gnode == 0 and "GPUS_PER_WORKER" not in os.environ:
             a.Gw = 0
         if nodes > 1:
             print(f"ERROR: a worker job asks for {nodes} nodes and uses one; ask for one, and set WORKER_NODES={nodes}")
             return 1
-        if whole:
-            print("capacity: a worker has a whole node (--exclusive); it counts CPUs and GPUs when it starts")
+        if more:
+            print("capacity: a worker gets a whole node, or GPUs by socket; it counts them when it starts")
             return 0
     T = trials_at_once(a.W, a.Cw, a.Gw, a.Csys, a.Cnode, a.Gnode)
     if a.slots:
