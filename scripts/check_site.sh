@@ -18,7 +18,7 @@ NODE_THREADS=500                                             # of Ray on a node 
 TRIAL_THREADS=300                                            # of a trial with two workers [130, in 4 processes]
 LATE=10                                                      # seconds after which a shared folder is called late
 
-REPO=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 EXERCISE=$REPO/experiments/raytune/scheduler/asha
 HEAD=$EXERCISE/head_node_raytune_asha_hpo.slurm
 WORKER=$EXERCISE/worker_node_raytune_asha_hpo.slurm
@@ -117,7 +117,7 @@ sys.exit(", ".join(wrong) or None)
 PYTHON
     ); then
         ok "packages: as in requirements.txt, $(python --version), $(command -v python)"
-        said=$(tr : '\n' <<<"$PYTHONPATH" | grep -v -e "^$REPO/" -e "^$(realpath "$(command -v python)/../..")/" | paste -sd:)
+        said=$(tr : '\n' <<<"$PYTHONPATH" | grep -v -e "^$REPO/" -e "^$(dirname "$(dirname "$(command -v python)")")/" | paste -sd:)
         [[ -z $said ]] || warning "packages: PYTHONPATH has $said; a run takes those of its environment first; fix: unset PYTHONPATH $EDIT, if you can do without"
     else
         failed "packages: $(last "$said"), in $(command -v python); fix: bash scripts/setup_env.sh, or activate the environment $EDIT"

@@ -10,7 +10,7 @@
 # status 0 only if a run would find all that it needs; 2 with one line for each thing that is wrong.
 set -euo pipefail
 
-REPO=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 CHECK=$REPO/scripts/raytune_hpo/check_inputs.py
 
 fail() {

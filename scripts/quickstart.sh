@@ -5,7 +5,7 @@
 #   NUM_SAMPLES=4 LR_UPPER=1e-2 bash scripts/quickstart.sh       # every variable of the exercise works here too
 set -euo pipefail
 
-REPO=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then
     sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0

@@ -5,7 +5,7 @@
 #   PYTHON=python3.12 bash scripts/setup_env.sh
 set -euo pipefail
 
-REPO=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 STAMP=$REPO/.venv/installed_requirements.txt                 # a copy of what was installed, written last
 

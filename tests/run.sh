@@ -8,7 +8,7 @@
 # else it says how.
 set -euo pipefail
 
-REPO=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$REPO"
 # Settings of the person who runs the tests must not reach them.
 unset LR_LOWER LR_UPPER BS_CHOICES WD_CHOICES WORKER_NODES NUM_SAMPLES NUM_EPOCHS MODEL_NAME SQUAD_DATA \

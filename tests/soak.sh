@@ -14,7 +14,7 @@ fi
 RUNS=${1:-20}
 SEED=${2:-42}
 [[ $RUNS =~ ^[1-9][0-9]?$ && $SEED =~ ^[0-9]{1,4}$ ]] || { echo "ERROR: '$*': give at most 99 runs and a seed of at most 4 digits" >&2; exit 2; }
-REPO=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 HEAD=head_node_raytune_asha_hpo.slurm
 FAULTS=(none time-limit worker-cancelled raylet-killed gcs-killed search-killed head-cancelled head-killed requeued)
 MOMENTS=("joined" "  started" "epoch 1/")

@@ -86,6 +86,15 @@ def test_elsewhere_than_on_linux_one_line_says_so(script):
     assert re.fullmatch("ERROR: OSTYPE=darwin23: this runs on Linux only; on Windows use WSL2, .*\n", run.stderr)
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_finds_its_files_though_cd_would_go_elsewhere(script, tmp_path):
+    (tmp_path / script.parent.name).mkdir()
+    environ = os.environ | {"OSTYPE": "darwin23", "CDPATH": str(tmp_path)}  # so that it ends once it has found them
+    run = subprocess.run(["bash", f"{script.parent.name}/{script.name}"], cwd=script.parents[1], env=environ, text=True,
+                         check=False, capture_output=True, timeout=60)  # fmt: skip
+    assert run.returncode == 1 and run.stderr.startswith("ERROR: OSTYPE=darwin23: ")
+
+
 # ---- What limits a process ---------------------------------------------------------------------------------
 CPU_QUOTAS = [  # /proc/self/cgroup; files below /sys/fs/cgroup; CPUs
     ("0::/\n", {"cpu.max": "200000 100000"}, 2),  # a container, version 2

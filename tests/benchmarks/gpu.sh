@@ -6,7 +6,7 @@
 # The model is BLOOM's 560M configuration with random weights, made here: nothing is downloaded. Nothing else should run.
 set -euo pipefail
 
-REPO=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 if [[ -x $REPO/.venv/bin/python ]]; then
     export PATH="$REPO/.venv/bin:$PATH"
 fi
