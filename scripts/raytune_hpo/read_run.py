@@ -20,9 +20,10 @@ from pathlib import Path
 TITLES = {"lr": "Learning Rate (lr)", "per_device_bs": "Batch Size (bs)", "wd": "Weight Decay (wd)"}
 GRID_CSV = "lr,per_device_bs,wd,eval_loss,epoch,runtime_s"  # the first line of the manual grid's CSV
 MAX_BYTES = 200_000_000  # of a log; a real one has some 10 kB
-# A line that was cut in two: the frame of a table, or a trial's hyperparameters.
+# A line that was cut in two, and its rest below: the frame of a table, a trial's hyperparameters, a result of the grid.
 FOLDED = re.compile(
-    r"^\+-[-+=]*[-=]$|^\|[-=+]+[-=]$|search +\| \S+  started +(\S+ \S+  )*(\S+$|.*\n\S+ [-+.\de]+(  |$))", re.MULTILINE
+    r"(^\+-[-+=]*[-=]|^\|[-=+]+[-=]|^RESULT (?!.* runtime_s=).*|search +\| \S+  started +(\S+ \S+  )*\S+)\n\S"
+    r"|search +\| \S+  started .*\n\S+ [-+.\de]+(  |$)", re.MULTILINE
 )
 BANNER = re.compile(r"===== JOB (\S+) (START|FINISH) *: (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) ?(.*?) =====")
 CLOCK = re.compile(r"(\d\d):(\d\d):(\d\d) (\S+)(?: \S+)? \| (.*)")
