@@ -68,7 +68,7 @@ def test_capacity_is_what_slurm_understood(cluster):
         ("--cpus-per-task=4\n##SBATCH --gpus-per-node=8\n#SBATCH --cpus-per-task=6", (6, 0, 1, False)),
         ("--cpus-per-task=4\nset -eu\n#SBATCH --cpus-per-task=6", (4, 0, 1, False)),
         ("--exclusive\n#SBATCH --gpus-per-node=4", (1, 4, 1, True)),
-        ("--sockets-per-node=2 --gpus-per-socket=1 --cpus-per-task=8", (16, 0, 1, True)),
+        ("--sockets-per-node=2 --gpus-per-socket=1 --cpus-per-task=8", (8, 0, 1, True)),
         ("--nodes=2 --cpus-per-task=20", (40, 0, 2, False)),
     ):
         (cluster.folder / "job.slurm").write_text(f"#!/bin/bash\n#SBATCH {lines}\ntrue\n")
