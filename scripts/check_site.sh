@@ -23,10 +23,10 @@ EXERCISE=$REPO/experiments/raytune/scheduler/asha
 HEAD=$EXERCISE/head_node_raytune_asha_hpo.slurm
 WORKER=$EXERCISE/worker_node_raytune_asha_hpo.slurm
 ROLE="login" RUN_DIR="" WAIT=10 EXPORT=${SBATCH_EXPORT:-ALL}
-GPUS=0 TRIALS=1 NEXT_LOOK=0 STATE=""
+TRIALS=1 NEXT_LOOK=0 STATE=""
 # shellcheck source=SCRIPTDIR/raytune_hpo/ray_job.sh
-source "$REPO/scripts/raytune_hpo/ray_job.sh"                # what a run does: node_address, find_gpus, prepare_ray ...
-export -f node_address find_gpus torch_trouble on_slurm ask is_busy fail   # so that timeout can end them
+source "$REPO/scripts/raytune_hpo/ray_job.sh"                # what a run does: node_address, prepare_ray ...
+export -f node_address on_slurm ask is_busy fail   # so that timeout can end them
 export PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$REPO/scripts/raytune_hpo${PYTHONPATH:+:$PYTHONPATH}"
 
 # ---- Lines -----------------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ check_shm() {
 
 check_limits() {
     local processes files need=$((NODE_THREADS + TRIALS * TRIAL_THREADS)) what
-    processes=$(python "$REPO/scripts/raytune_hpo/worker_capacity.py" --processes) files=$(ulimit -n)
+    processes=$(python "$REPO/scripts/raytune_hpo/this_node.py" --processes) files=$(ulimit -n)
     what="processes: $processes more may be started, $TRIALS trial(s) at once need $need ($NODE_THREADS for Ray, $TRIAL_THREADS a trial)"
     if [[ $processes == inf ]] || ((processes >= need)); then
         ok "$what"
@@ -190,29 +190,25 @@ check_socket() {                                             # the longest name 
     fi
 }
 
-check_gpus() {                                               # find_gpus computes on each; sets GPUS
-    local promised=${SLURM_GPUS_ON_NODE:-0} build said
-    build=$(timeout 120 python -c '
-import torch
-cards = {"%s sm_%d%d" % (torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}
-print("torch", torch.__version__, "for", " ".join(torch.cuda.get_arch_list()) or "CPUs alone", "on", ", ".join(cards) or "no GPU")' 2>&1)
-    if ! said=$(timeout 120 bash -c find_gpus 2>&1); then
-        failed "GPUs: $(last "${said:-no answer within 120 s}"); this is $(last "$build")"
-    elif GPUS=${said%% *} && ((GPUS < promised)); then
-        warning "GPUs: PyTorch uses $GPUS of the $promised that Slurm gives ($(last "$build")); fix: if this node has them, look at nvidia-smi"
-    else
-        ok "GPUs: PyTorch computes on $GPUS ($(last "$build"))"
+check_gpus() {                                               # and trials at once, as a worker job counts them; sets TRIALS
+    local said cpus gpus Gw node
+    if ! said=$(timeout 120 python "$REPO/scripts/raytune_hpo/this_node.py" 2>&1); then
+        failed "GPUs: $(last "${said:-no answer within 120 s}" | sed 's/^ERROR: //')"
+        return
     fi
-}
-
-check_capacity() {                                           # sets TRIALS, as many as a worker job would offer
-    local said
-    if said=$(python "$REPO/scripts/raytune_hpo/worker_capacity.py" --Gnode "$GPUS" --Gw "$((GPUS > 0 ? ${GPUS_PER_WORKER:-1} : 0))" 2>&1); then
-        ok "$(head -n 1 <<<"$said"), with $(python "$REPO/scripts/raytune_hpo/worker_capacity.py" --cpus) CPUs and $GPUS GPUs"
+    read -r cpus gpus Gw node < <(last "$said")
+    if ((gpus < ${SLURM_GPUS_ON_NODE:-0})); then
+        warning "GPUs: PyTorch uses $gpus of the $SLURM_GPUS_ON_NODE that Slurm gives; fix: if this node has them, look at nvidia-smi"
+    else
+        ok "GPUs: PyTorch computes on $gpus; this node: $node"
+    fi
+    on_slurm || return                                       # without it trials may share CPUs
+    if said=$(python "$REPO/scripts/raytune_hpo/worker_capacity.py" --Cnode "$cpus" --Gnode "$gpus" --Gw "$Gw" 2>&1); then
+        ok "$(head -n 1 <<<"$said")"
     else
         failed "capacity: $(last "$said")"
     fi
-    TRIALS=$(sed -n 's/^capacity: \([0-9]*\).*/\1/p' <<<"$said")
+    TRIALS=$(grep -oP '^capacity: \K\d+' <<<"$said")
 }
 
 # ---- Between the two nodes: each listens on a free port at its node_address, as Ray does, and says who it is -------------
@@ -301,7 +297,6 @@ on_node() {                                                  # on_node ROLE FOLD
     check_address
     if [[ $ROLE == worker ]]; then
         check_gpus
-        check_capacity
     fi
     check_machine
     if [[ $ROLE == worker ]]; then check_reach head; else check_reach worker; fi

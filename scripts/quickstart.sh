@@ -22,6 +22,8 @@ export CPUS_PER_WORKER=${CPUS_PER_WORKER:-1}
 # shellcheck source=SCRIPTDIR/raytune_hpo/ray_job.sh
 source "$REPO/scripts/raytune_hpo/ray_job.sh"
 choose_python
-gpus=$(find_gpus 2>/dev/null) || true                  # what is wrong with them the head script says
-[[ $gpus != "1 "* && $gpus != *MIG* ]] || export WORKERS_PER_TRIAL=${WORKERS_PER_TRIAL:-1}   # two would need two GPUs
+# On the only GPU a trial is trained by one worker. What is wrong with a GPU, the head script says.
+if [[ -z ${WORKERS_PER_TRIAL:-} ]] && (WORKERS_PER_TRIAL=1 look_at_node; [[ $Gw == 1 && ($GPUS == 1 || $NODE == *MIG*) ]]) 2>/dev/null; then
+    export WORKERS_PER_TRIAL=1
+fi
 exec bash "$REPO/experiments/raytune/scheduler/asha/head_node_raytune_asha_hpo.slurm"

@@ -76,7 +76,7 @@ def edit_block(script, line):
 def quick(site):
     """Leaves out what takes seconds of imports on each node; the test where all is well has it."""
     script = site / "scripts/check_site.sh"
-    text, found = re.subn(r"^ +check_(inputs|gpus)\n", "", script.read_text(), flags=re.MULTILINE)
+    text, found = re.subn(r"^ +check_(inputs|gpus)\n", ":\n", script.read_text(), flags=re.MULTILINE)
     assert found >= 4
     script.write_text(text)
 
@@ -164,8 +164,8 @@ STATES = [  # check, what is done before it, what it must say
     ("check_socket", "touch a-file; RAY_TMP=$PWD/a-file",
      FAILED + "socket path: mkdir: cannot create directory"),
     ("check_gpus", 'export PYTHONPATH="$PWD/stub"',
-     FAILED + "GPUs: ERROR: PyTorch does not run on this node: .*no kernel image.*sm_75 sm_80 on V100 sm_70"),
-    ("check_capacity", "export SLURM_JOB_ID=1 ON_SLURM=yes SLURM_CPUS_ON_NODE=20 CPUS_PER_WORKER=16",
+     FAILED + "GPUs: PyTorch does not run on this node: .*no kernel image.*sm_75 sm_80 on V100 sm_70"),
+    ("check_gpus", "export SLURM_JOB_ID=1 ON_SLURM=yes SLURM_CPUS_ON_NODE=20 CPUS_PER_WORKER=16",
      FAILED + r"capacity: ERROR: one trial \(.*does not fit on a node with 20 CPUs"),
     ("check_address", "export NODE_ADDRESS=203.0.113.7",
      FAILED + "address: 203.0.113.7: OSError: .* Cannot assign requested address .*fix: NODE_ADDRESS"),
@@ -197,7 +197,7 @@ def test_a_check_fails(site, inputs, command, before, said):
         edit(site / "scripts/raytune_hpo/ray_job.sh", '"/tmp/ray_', '"$RAY_AT/ray_')
         before = before.replace("; ray_tmp", "")
     if command == "check_gpus":  # a driver is there
-        edit(site / "scripts/raytune_hpo/ray_job.sh", "-e /dev/nvidiactl || -e", "-e /dev/null || -e")
+        edit(site / "scripts/raytune_hpo/this_node.py", "/dev/nvidiactl", "/dev/null")
     choose = "choose_python; " if command != "check_packages" else ""
     shell = MOUNTS if "mount" in before else ("bash", "-c")
     lines = one_check(site, f"{choose}{before}; {command}", shell, **inputs)
@@ -222,7 +222,7 @@ def test_a_run_folder_that_cannot_be_made_ends_with_status_1(site, tmp_path):
 @pytest.mark.parametrize("before, said", [
     ("true", ": ValueError: the cause "),
     ("NODE_ADDRESS=203.0.113.7",
-     r", with the address 203.0.113.7, which is not one of this node \(.*\): set NODE_ADDRESS in the EDIT"),
+     r", with the address 203.0.113.7, not one of this node \(.*\): set NODE_ADDRESS in the EDIT"),
     ("ulimit -u 250", r", and only -?\d+ more processes may be started here \(ulimit -u 250, or .*\): raise it before"),
 ])  # fmt: skip
 def test_a_ray_that_ends_early_is_told_with_what_it_does_not_say_itself(site, before, said):

@@ -1,13 +1,14 @@
 """What a node's script makes of its GPUs. There are none here: a stand-in for PyTorch claims them."""
 
 import os
-import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import HEAD, REPO, load_module, quickstart
 
+NODE = REPO / "scripts/raytune_hpo/this_node.py"
 TORCH = """
 class One:
     def __init__(self, n, device): pass
@@ -22,17 +23,12 @@ class cuda:
 
 
 def look(tmp_path, count, name="Tesla V100-SXM2-16GB", bf16=False, torch=TORCH, driver=True, **variables):
-    """look_at_gpus on a node with these GPUs -> (exit status, what it found or said)."""
+    """this_node.py on a node with these GPUs -> (exit status, what it found or said)."""
     (tmp_path / "torch.py").write_text(torch.format(count=count, name=name, bf16=bf16))
-    functions = (REPO / "scripts/raytune_hpo/ray_job.sh").read_text()
-    here = tmp_path / "ray_job.sh"
-    here.write_text(re.sub(r"/dev/(nvidiactl|kfd|dxg)", "/dev/null" if driver else "/dev/none", functions))
-    command = f'source {here}; set -euo pipefail; look_at_gpus; echo "$GPUS $Gw | $NODE"'
-    environ = {"PATH": f"{REPO}/.venv/bin:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path), "REPO": str(REPO)}
-    environ |= {"WORKERS_PER_TRIAL": "2", "PRECISION": "auto", "ROLE": "worker"}
-    environ |= {"SLURM_CPUS_ON_NODE": "20"} | variables
-    run = subprocess.run(["bash", "-c", command, "slurm_script"], env=environ, text=True, check=False,
-                         capture_output=True)  # fmt: skip
+    tool = tmp_path / "this_node.py"
+    tool.write_text(NODE.read_text().replace("/dev/nvidiactl", "/dev/null" if driver else "/dev/none"))
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path), "ON_SLURM": "yes", "SLURM_CPUS_ON_NODE": "20"}
+    run = subprocess.run([sys.executable, tool], env=environ | variables, text=True, check=False, capture_output=True)
     return run.returncode, (run.stdout + run.stderr).strip()
 
 
@@ -41,16 +37,16 @@ SLICE = {"name": "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16": True, "CUDA_VISIBLE
 
 
 @pytest.mark.parametrize("node, found", [
-    ({"count": 2}, "2 1 | 20 CPUs, 2 GPUs (Tesla V100-SXM2-16GB), fp16"),
-    ({"count": 11}, "11 1 | 20 CPUs, 11 GPUs (Tesla V100-SXM2-16GB), fp16"),
-    ({"count": 2} | H100, "2 1 | 20 CPUs, 2 GPUs (NVIDIA H100 80GB HBM3), bf16"),
-    ({"count": 2, "PRECISION": "fp32"} | H100, "2 1 | 20 CPUs, 2 GPUs (NVIDIA H100 80GB HBM3), fp32"),
-    ({"count": 1, "WORKERS_PER_TRIAL": "1"}, "1 1 | 20 CPUs, 1 GPUs (Tesla V100-SXM2-16GB), fp16"),
-    ({"count": 1, "WORKERS_PER_TRIAL": "1"} | SLICE, f"3 1 | 20 CPUs, 3 GPUs ({SLICE['name']}), bf16"),
-    ({"count": 0, "driver": False}, "0 0 | 20 CPUs, 0 GPUs, fp32"),
-    ({"count": 0, "SLURM_JOB_ID": "7"}, "0 0 | 20 CPUs, 0 GPUs, fp32"),  # the node has GPUs, the job has none
-    ({"count": 1, "GPUS_PER_WORKER": "0"}, "0 0 | 20 CPUs, 0 GPUs, fp32"),
-    ({"count": 0, "torch": "raise OSError", "GPUS_PER_WORKER": "0"}, "0 0 | 20 CPUs, 0 GPUs, fp32"),
+    ({"count": 2}, "20 2 1 20 CPUs, 2 GPUs (Tesla V100-SXM2-16GB), fp16"),
+    ({"count": 11}, "20 11 1 20 CPUs, 11 GPUs (Tesla V100-SXM2-16GB), fp16"),
+    ({"count": 2} | H100, "20 2 1 20 CPUs, 2 GPUs (NVIDIA H100 80GB HBM3), bf16"),
+    ({"count": 2, "PRECISION": "fp32"} | H100, "20 2 1 20 CPUs, 2 GPUs (NVIDIA H100 80GB HBM3), fp32"),
+    ({"count": 1, "WORKERS_PER_TRIAL": "1"}, "20 1 1 20 CPUs, 1 GPUs (Tesla V100-SXM2-16GB), fp16"),
+    ({"count": 1, "WORKERS_PER_TRIAL": "1"} | SLICE, f"20 3 1 20 CPUs, 3 GPUs ({SLICE['name']}), bf16"),
+    ({"count": 0, "driver": False}, "20 0 0 20 CPUs, 0 GPUs, fp32"),
+    ({"count": 0, "SLURM_JOB_ID": "7"}, "20 0 0 20 CPUs, 0 GPUs, fp32"),  # the node has GPUs, the job has none
+    ({"count": 1, "GPUS_PER_WORKER": "0"}, "20 0 0 20 CPUs, 0 GPUs, fp32"),
+    ({"count": 0, "torch": "raise OSError", "GPUS_PER_WORKER": "0"}, "20 0 0 20 CPUs, 0 GPUs, fp32"),
 ])  # fmt: skip
 def test_the_gpus_of_a_node(tmp_path, node, found):
     assert look(tmp_path, **node) == (0, found)
@@ -82,10 +78,9 @@ def test_the_quickstart_trains_with_one_worker_on_the_only_gpu(course, demo, tmp
     top = course.parents[3]
     shutil.copytree(demo, top / ".demo", dirs_exist_ok=True)
     (course / HEAD).write_text("echo workers ${WORKERS_PER_TRIAL:-2}\n")
-    functions = top / "scripts/raytune_hpo/ray_job.sh"
-    text, call = functions.read_text().replace("/dev/nvidiactl", "/dev/null"), "python -c '\nimport os, torch"
-    assert text.count(call) == 1
-    functions.write_text(text.replace(call, f"PYTHONPATH={tmp_path} {call}"))
+    tool = top / "scripts/raytune_hpo/this_node.py"
+    claimed = f"os.environ['PYTHONPATH'] = '{tmp_path}'\n\nDRIVERS"
+    tool.write_text(tool.read_text().replace("/dev/nvidiactl", "/dev/null").replace("\nDRIVERS", claimed))
     stub = {"torch": TORCH, "name": "NVIDIA H100", "bf16": True} | node
     (tmp_path / "torch.py").write_text(stub["torch"].format(count=count, name=stub["name"], bf16=stub["bf16"]))
     variables = {name: value for name, value in node.items() if name.isupper()}

@@ -66,13 +66,13 @@ def test_with_fewer_gpus_than_workers_no_combination_is_tried(course):
     top, environ = course
     (top / "claimed").mkdir()
     (top / "claimed/torch.py").write_text(TORCH.format(count=1, name="Tesla V100-SXM2-16GB", bf16=False))
-    functions = top / "scripts/raytune_hpo/ray_job.sh"
+    functions = top / "scripts/raytune_hpo/this_node.py"
     functions.write_text(functions.read_text().replace("/dev/nvidiactl", "/dev/null"))
     grid = top / "experiments/manual" / GRID
     text = grid.read_text()
-    assert text.count("    look_at_gpus\n") == 1
-    stand_in = f"    PYTHONPATH={top}/claimed look_at_gpus\n"
-    grid.write_text(text.replace("    look_at_gpus\n", stand_in))
+    assert text.count("    look_at_node\n") == 1
+    stand_in = f"    PYTHONPATH={top}/claimed look_at_node\n"
+    grid.write_text(text.replace("    look_at_node\n", stand_in))
     run = subprocess.run(["bash", GRID], cwd=grid.parent, env=environ, text=True, check=False, capture_output=True,
                          timeout=60)  # fmt: skip
     assert run.returncode == 1 and not list(grid.parent.glob("results-*"))

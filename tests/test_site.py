@@ -73,7 +73,7 @@ def test_packages_of_a_module_do_not_shadow_the_environments_own(tmp_path):
 
 def test_a_library_path_that_breaks_pytorch_is_named(tmp_path):
     (tmp_path / "libc10.so").write_text("of another PyTorch")
-    status, lines = shell("choose_python; find_gpus", LD_LIBRARY_PATH=str(tmp_path))
+    status, lines = shell("choose_python; look_at_node", LD_LIBRARY_PATH=str(tmp_path))
     said = rf"ERROR: PyTorch does not run on this node: .*; LD_LIBRARY_PATH={tmp_path} gives it other libraries"
     assert status == 1 and re.match(said, lines[-1])
 
@@ -115,22 +115,22 @@ def make(root, cgroup, files):
 
 @pytest.mark.parametrize("cgroup, files, cpus", CPU_QUOTAS)
 def test_places_follow_the_quota_of_a_container(tmp_path, monkeypatch, cgroup, files, cpus):
-    capacity = load_module(REPO / "scripts/raytune_hpo/worker_capacity.py")
+    node = load_module(REPO / "scripts/raytune_hpo/this_node.py")
     make(tmp_path, cgroup, files)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
     for name in ("SLURM_CPUS_ON_NODE", "ON_SLURM"):
         monkeypatch.delenv(name, raising=False)
-    assert capacity.usable_cpus(tmp_path) == cpus
+    assert node.usable_cpus(tmp_path) == cpus
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", "2")  # inside an allocation
-    assert capacity.usable_cpus(tmp_path) == min(cpus, 2)
+    assert node.usable_cpus(tmp_path) == min(cpus, 2)
 
 
 def test_processes_that_a_cgroup_allows_count_like_those_of_ulimit(tmp_path, monkeypatch):
-    capacity = load_module(REPO / "scripts/raytune_hpo/worker_capacity.py")
+    node = load_module(REPO / "scripts/raytune_hpo/this_node.py")
     make(tmp_path, "0::/user\n", {"user/pids.max": "500\n", "user/pids.current": "480\n"})
-    assert capacity.free_processes(tmp_path) == 20
-    monkeypatch.setattr(capacity.resource, "getrlimit", lambda _: (capacity.resource.RLIM_INFINITY,) * 2)
-    assert capacity.free_processes(tmp_path / "none") == math.inf
+    assert node.free_processes(tmp_path) == 20
+    monkeypatch.setattr(node.resource, "getrlimit", lambda _: (node.resource.RLIM_INFINITY,) * 2)
+    assert node.free_processes(tmp_path / "none") == math.inf
 
 
 def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, demo):

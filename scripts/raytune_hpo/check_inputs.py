@@ -22,7 +22,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-from worker_capacity import usable_cpus
+from this_node import usable_cpus
 
 
 def missing_package(error):

@@ -101,63 +101,15 @@ node_address() {                                       # the address other nodes
 
 free_port() { python -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])'; }
 
-# Prints "number, what they compute best, name" of the GPUs that PyTorch can use here, not those that Slurm promises.
-find_gpus() {
+look_at_node() {                                       # sets CPUS, GPUS, Gw (GPUs of each worker of a trial) and NODE, the node in words
     local found
-    python -c 'import importlib.util; raise SystemExit(not importlib.util.find_spec("torch"))' ||
-        fail "$(command -v python) has no PyTorch; activate the course's environment in the EDIT block of this node's script"
-    # Importing PyTorch takes seconds, so only where a driver is: NVIDIA's, AMD's, or Windows' under WSL.
-    if [[ ${GPUS_PER_WORKER:-1} == 0 ]] || ! [[ -e /dev/nvidiactl || -e /dev/kfd || -e /dev/dxg ]]; then
-        [[ -z ${LD_LIBRARY_PATH:-} ]] || found=$(python -c 'import torch' 2>&1) || fail "$(torch_trouble "$found")"
-        echo 0 fp32
-        return
-    fi
-    # Counting is not enough: a build of PyTorch without kernels for this GPU sees it, and fails at the first sum. Of
-    # several MIG slices a process sees one.
-    found=$(python -c '
-import os, torch
-seen = sum(int(torch.ones(1, device=f"cuda:{i}").sum().item()) for i in range(torch.cuda.device_count()))
-slices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.startswith("MIG-")]
-half = "bf16" if seen and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-print(max(seen, len(slices)), half, torch.cuda.get_device_name()) if seen else print("0 fp32")' 2>&1) ||
-        fail "$(torch_trouble "$found")"
-    found=$(tail -n 1 <<<"$found")
-    # A job that has asked Slurm for no GPU sees none, also where there are some.
-    if [[ $found == "0 "* && -e /dev/nvidiactl ]] && [[ -z ${SLURM_JOB_ID:-} || -n ${SLURM_GPUS_ON_NODE:-} ]]; then
-        fail "this node has an NVIDIA driver but PyTorch sees no GPU; check with: python -c 'import torch; torch.zeros(1).cuda()'," \
-            "or set GPUS_PER_WORKER=0 to train on CPUs"
-    fi
-    printf '%s\n' "$found"
+    found=$(python "$REPO/scripts/raytune_hpo/this_node.py") || exit 1
+    read -r CPUS GPUS Gw NODE <<<"$found"
 }
 
-torch_trouble() {                                      # torch_trouble ITS_WORDS: what to tell the user
-    local fix="install the build for its GPU (environment.yml), or set GPUS_PER_WORKER=0 to train on CPUs"
-    if [[ -n ${LD_LIBRARY_PATH:-} ]] && env -u LD_LIBRARY_PATH python -c 'import torch' 2>/dev/null; then
-        fix="LD_LIBRARY_PATH=$LD_LIBRARY_PATH gives it other libraries than its own: load no CUDA module, or unset LD_LIBRARY_PATH, in the EDIT block"
-    fi
-    echo "PyTorch does not run on this node: $(tail -n 1 <<<"$1"); $fix"
-}
-
-# Sets GPUS of this node, Gw (of each worker of a trial) and NODE, which says what the node has and computes with.
-look_at_gpus() {
-    local W=$WORKERS_PER_TRIAL found half name how=$PRECISION
-    found=$(find_gpus)
-    read -r GPUS half name <<<"$found"
-    Gw=${GPUS_PER_WORKER:-$((GPUS > 0))}               # unless the user says so, GPUs are used where there are any
-    ((W * Gw <= GPUS)) || fail "GPUS_PER_WORKER=$Gw WORKERS_PER_TRIAL=$W: a trial asks for $((W * Gw)) GPU(s) and this node has $GPUS;" \
-        "set $( ((GPUS == 0)) || echo "WORKERS_PER_TRIAL=$GPUS, or ")GPUS_PER_WORKER=0 to train on CPUs"
-    [[ $name != *MIG* ]] || ((W * Gw < 2)) ||
-        fail "WORKERS_PER_TRIAL=$W: slices of a GPU (MIG) cannot train one trial together; set WORKERS_PER_TRIAL=1"
-    [[ $PRECISION != fp16 ]] || ((Gw > 0)) || fail "PRECISION=fp16: CPUs do not train in it; set auto, bf16 or fp32"
-    [[ $PRECISION != auto ]] || how=$( ((Gw > 0)) && echo "$half" || echo fp32)   # as the search decides it
-    NODE="$(python "$REPO/scripts/raytune_hpo/worker_capacity.py" --cpus) CPUs, $GPUS GPUs${name:+ ($name)}, $how"
-}
-
-# Sets CPUS and SLOTS (trials at once) of this node, too, and OFFER, which tells Ray.
-measure_node() {
+measure_node() {                                       # sets SLOTS (trials at once) and OFFER, which tells Ray, too
     local W=$WORKERS_PER_TRIAL Cw=$CPUS_PER_WORKER
-    look_at_gpus
-    CPUS=${NODE%% *}
+    look_at_node
     SLOTS=$(python "$REPO/scripts/raytune_hpo/worker_capacity.py" --slots --Cnode "$CPUS" --Gnode "$GPUS" --Gw "$Gw")
     if ((SLOTS == 0)) && ! on_slurm; then
         SLOTS=1
@@ -165,8 +117,7 @@ measure_node() {
     fi
     ((SLOTS > 0)) || fail "no trial fits on this node: it needs 2 + $W*$Cw CPUs and $W*$Gw GPUs; see worker_capacity.py"
     say "this node: $NODE, $SLOTS trial(s) at once"
-    # Tune runs as many trials at once as there are trial_slots.
-    # shellcheck disable=SC2034  # for start_ray
+    # shellcheck disable=SC2034  # for start_ray; Tune runs as many trials at once as there are trial_slots
     OFFER=(--num-cpus="$((SLOTS * W * Cw))" --num-gpus="$GPUS" --resources="{\"trial_slot\": $SLOTS}")
 }
 
@@ -203,14 +154,7 @@ last_error() {                                         # in Ray's log: of a trac
 }
 
 likely_cause() {                                       # that Ray itself does not name: it says "overloaded" or "GCS may have been killed"
-    local left address
-    left=$(python "$REPO/scripts/raytune_hpo/worker_capacity.py" --processes) address=$(node_address)
-    if [[ $left != inf ]] && ((left < 300)); then      # threads; Ray has some 150, a trial 130
-        printf ', and only %s more processes may be started here (ulimit -u %s, or a cgroup'\''s pids.max): raise it before sbatch, or ask your site' \
-            "$left" "$(ulimit -u)"
-    elif ! python -c 'import socket, sys; socket.create_server((sys.argv[1], 0))' "$address" 2>/dev/null; then
-        printf ', with the address %s, which is not one of this node (%s): set NODE_ADDRESS in the EDIT block' "$address" "$(hostname -I | xargs)"
-    fi
+    python "$REPO/scripts/raytune_hpo/this_node.py" --why "$(node_address)"
 }
 
 owned() {                                              # run a command whose process tree end_owned can find

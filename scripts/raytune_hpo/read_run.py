@@ -22,12 +22,12 @@ GRID_CSV = "lr,per_device_bs,wd,eval_loss,epoch,runtime_s"  # the first line of 
 MAX_BYTES = 200_000_000  # of a log; a real one has some 10 kB
 # A line that was cut in two, and its rest below: the frame of a table, a trial's hyperparameters, a result of the grid.
 FOLDED = re.compile(
-    r"(^\+-[-+=]*[-=]|^\|[-=+]+[-=]|^RESULT (?!.* runtime_s=).*|search +\| \S+  started +(\S+ \S+  )*\S+)\n\S"
-    r"|search +\| \S+  started .*\n\S+ [-+.\de]+(  |$)", re.MULTILINE
+    r"(^\+-[-+=]*[-=]|^\|[-=+]+[-=]|^RESULT (?!.* runtime_s=).*"
+    r"|search +\| \S+  (?:started|continues) +(\S+ \S+  )*\S+)\n\S|search +\| \S+  (?:started|continues) .*\n\S+ [-+.\de]+(  |$)", re.MULTILINE
 )
 BANNER = re.compile(r"===== JOB (\S+) (START|FINISH) *: (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) ?(.*?) =====")
 CLOCK = re.compile(r"(\d\d):(\d\d):(\d\d) (\S+)(?: \S+)? \| (.*)")
-EVENT = re.compile(r"(\S.*?)  (started|epoch|stopped|finished|ended|lost|FAILED)(?: +(.*))?$")
+EVENT = re.compile(r"(\S.*?)  (started|continues|epoch|stopped|finished|ended|lost|FAILED)(?: +(.*))?$")
 REPORT = re.compile(r"(\d{1,9}(?:\.\d+)?)/\d+ +eval_loss (\S+)")
 JOINED = re.compile(r"worker \d+/\d+ joined: job (\S+) on .*?\d+ CPUs, (\d{1,5}) GPUs.*, (\d{1,5}) trial")
 PRECISION = re.compile(r"(?:joined|this node): .* GPUs.*, (bf16|fp16|fp32)(?:, \d+ trial|$)")
@@ -274,7 +274,7 @@ def read_event(run, name, what, rest, second):
     if name.startswith("FAILED "):
         return  # the list at the end; the trial's own line came before
     trial = run.trials.setdefault(name, Trial(name))
-    if what == "started":
+    if what in ("started", "continues"):
         trial.start = second
         trial.params |= assignments(rest or "", r"\s{2,}", " ")
     elif what == "epoch":

@@ -8,7 +8,8 @@ REPLACED=0
 declare -A ANNOUNCED=() ENDED=() TOLD=()               # workers that joined; that ended too early; reasons told
 QUEUE=""                                               # "job state reason" of the workers that have not ended, as of the last look
 NEXT_LOOK=0 NEXT_WRITE=0                               # seconds; when to look at the queue and at the disk again
-LAST_SERVED=0 MINUTES_TOLD=0                           # seconds when a worker last served trials; minutes of waiting told
+JOINED=""                                              # has a worker ever?
+LAST_SERVED=0 NEXT_TOLD=10                             # seconds: when a worker last served trials; of waiting, after which a line tells
 
 # ---- Which run is it? ------------------------------------------------------------------------------------------------
 which_run() {                                          # a new one, or one to continue: then RESUME becomes its folder
@@ -156,19 +157,6 @@ last_words() {                                         # of a worker job: its er
     grep -h '^ERROR' "$EXERCISE/$log" 2>/dev/null | tail -n 1 | grep . || echo "see $log"
 }
 
-one_has_joined() { compgen -G "$RUN_DIR/joined-*" >/dev/null; }
-
-a_worker_joined() {                                    # for wait_until
-    one_has_joined && return 0
-    # If the search or Ray has ended there is nothing to wait for; watch_search tells why.
-    { kill -0 "$DRIVER" && kill -0 "$RAY"; } 2>/dev/null || return 0
-    look_at_queue || return 1
-    tell_who_ended "${WORKER_JOBS[@]:0:${#WORKER_JOBS[@]}-1}"
-    [[ -n $QUEUE ]] || one_has_joined ||
-        fail "no worker joined and none is queued; the last one says: $(last_words "${WORKER_JOBS[-1]}")"
-    return 1
-}
-
 announce_workers() {                                   # "worker 1/2 joined", once each
     local file job
     for file in "${!ANNOUNCED[@]}"; do
@@ -176,7 +164,7 @@ announce_workers() {                                   # "worker 1/2 joined", on
     done
     for file in "$RUN_DIR"/joined-*; do
         [[ -e $file && -z ${ANNOUNCED[$file]:-} ]] || continue
-        ANNOUNCED[$file]=yes
+        ANNOUNCED[$file]=yes JOINED=yes
         job=${file##*/joined-}
         [[ " ${WORKER_JOBS[*]} " == *" $job "* ]] || WORKER_JOBS+=("$job")   # a user has submitted it: now it is ours
         say "worker ${#ANNOUNCED[@]}/${#WORKER_JOBS[@]} joined: $(<"$file")"
@@ -184,31 +172,38 @@ announce_workers() {                                   # "worker 1/2 joined", on
 }
 
 # Replaces workers that ended too early, REPLACEMENTS times for each node; their trials start again on other nodes by themselves.
-# 1: no worker can come any more, or none has served for WORKER_DEADLINE seconds.
+# 1: no worker can come any more, or none has served for WORKER_DEADLINE seconds. If none has ever joined, that is the end.
 mind_workers() {
-    local job serving="" waited
+    local job waited serving="" what="another worker"
     look_at_queue || return 0
-    tell_who_ended "${WORKER_JOBS[@]}"
-    while ((REPLACED < ${#ENDED[@]} && REPLACED < REPLACEMENTS * WORKER_NODES)); do
-        REPLACED=$((REPLACED + 1))
-        submit_worker || say "sbatch refused to replace it (its message is above)"
-    done
+    if [[ -z $JOINED ]]; then
+        what="the first worker to join"
+        tell_who_ended "${WORKER_JOBS[@]:0:${#WORKER_JOBS[@]}-1}"
+        [[ -n $QUEUE ]] || compgen -G "$RUN_DIR/joined-*" >/dev/null ||
+            fail "no worker joined and none is queued; the last one says: $(last_words "${WORKER_JOBS[-1]}")"
+    else
+        tell_who_ended "${WORKER_JOBS[@]}"
+        while ((REPLACED < ${#ENDED[@]} && REPLACED < REPLACEMENTS * WORKER_NODES)); do
+            REPLACED=$((REPLACED + 1))
+            submit_worker || say "sbatch refused to replace it (its message is above)"
+        done
+    fi
     for job in "${WORKER_JOBS[@]}"; do
         [[ ! -e $RUN_DIR/joined-$job ]] || ! grep -q "^$job RUNNING" <<<"$QUEUE" || serving=yes
     done
     waited=$((SECONDS - LAST_SERVED))
     if [[ -n $serving ]]; then
-        LAST_SERVED=$SECONDS
-        MINUTES_TOLD=0
+        LAST_SERVED=$SECONDS NEXT_TOLD=10
     elif ((${#ENDED[@]} == ${#WORKER_JOBS[@]})); then
         say "no worker is left, and $REPLACED have been replaced already"
         return 1
     elif ((waited > WORKER_DEADLINE)); then
-        say "waited $WORKER_DEADLINE s (WORKER_DEADLINE) for another worker; giving up"
+        echo "ERROR: waited $WORKER_DEADLINE s (WORKER_DEADLINE) for $what; giving up"
+        [[ -n $JOINED ]] || exit 1
         return 1
-    elif ((waited / 60 > MINUTES_TOLD)); then
-        MINUTES_TOLD=$((waited / 60))
-        say "waiting for another worker: $waited s of $WORKER_DEADLINE s"
+    elif ((waited >= NEXT_TOLD)); then
+        NEXT_TOLD=$((waited / 60 * 60 + 60))
+        say "waiting for $what: $waited s of $WORKER_DEADLINE s"
     fi
 }
 

@@ -5,23 +5,19 @@
     python worker_capacity.py --Cnode 32 --Gnode 4 --nodes 3   # another one
     python worker_capacity.py --slots --Cnode 20 --Gnode 0     # the number alone, for scripts
     scontrol show job 4711 | python worker_capacity.py --record     # Cnode and Gnode as Slurm understood this job
-    python worker_capacity.py --cpus                           # CPUs that a process may use on this machine
-    python worker_capacity.py --processes                      # processes and threads that may still be started on it
 
 Defaults: W, Cw and Gw are WORKERS_PER_TRIAL, CPUS_PER_WORKER and GPUS_PER_WORKER; Cnode and Gnode are those
 of the Slurm job or, if it has GPUs, of this machine.
 """
 
 import argparse
-import contextlib
-import math
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+
+from this_node import usable_cpus
 
 
 def trials_at_once(W, Cw, Gw, Csys, Cnode, Gnode):
@@ -65,51 +61,6 @@ def asked_for(record):
     return cpus, gpus, number("NumNodes"), field.get("OverSubscribe") == "NO" or "TresPerSocket" in field
 
 
-# ---- What this machine grants ----------------------------------------------------------------------------
-def usable_cpus(root="/"):
-    """CPUs that this process may use, at least 1: in a batch job Slurm's, else the least of all that limits it."""
-    of_slurm = int(os.environ.get("SLURM_CPUS_ON_NODE") or 0)
-    if os.environ.get("ON_SLURM") and of_slurm:
-        return of_slurm
-    counts = [len(os.sched_getaffinity(0)), *([of_slurm] if of_slurm else [])]
-    for folder in cgroups("cpu", root):  # https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = (folder / "cpu.max").read_text().split()  # version 2; without a limit "max 100000"
-            counts.append(int(quota) // int(period))
-        with contextlib.suppress(OSError, ValueError):  # version 1; without a limit -1
-            quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-            counts += [quota // period] if quota > 0 else []
-    return max(1, min(counts))
-
-
-def free_processes(root="/"):
-    """Processes and threads that this user may still start here; math.inf without a limit."""
-    left, limit = [math.inf], resource.getrlimit(resource.RLIMIT_NPROC)[0]
-    if limit != resource.RLIM_INFINITY:
-        mine = [task for task in Path("/proc").glob("[0-9]*") if owner(task) == os.getuid()]
-        left.append(limit - sum(len(list(task.glob("task/*"))) for task in mine))
-    for folder in cgroups("pids", root):
-        with contextlib.suppress(OSError, ValueError):
-            left.append(int((folder / "pids.max").read_text()) - int((folder / "pids.current").read_text()))
-    return min(left)
-
-
-def owner(path):
-    with contextlib.suppress(OSError):
-        return path.stat().st_uid
-
-
-def cgroups(controller, root="/"):
-    """Folders of the cgroups that this process is in, outwards. In a container the outermost is all one sees."""
-    with contextlib.suppress(OSError):
-        for line in Path(root, "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not controllers or controller in controllers.split(","):  # version 2 has none in this place
-                top = Path(root, "sys/fs/cgroup", controller if controllers else "")
-                folder = Path(f"{top}{path}")
-                yield from (each for each in (folder, *folder.parents) if each.is_relative_to(top))
-
-
 def main():
     """Prints the two inequalities with numbers; exit status 1 if not even one trial fits."""
     env = os.environ.get
@@ -129,12 +80,7 @@ def main():
                             help=f"{meaning} (default {default})")
     parser.add_argument("--slots", action="store_true", help="print T alone")
     parser.add_argument("--record", action="store_true", help="read a job's record; Cnode and Gnode are its own")
-    parser.add_argument("--cpus", action="store_true", help="print the CPUs that a process may use here")
-    parser.add_argument("--processes", action="store_true", help="print how many may still be started here")
     a = parser.parse_args()
-    if a.cpus or a.processes:
-        print(usable_cpus() if a.cpus else free_processes())
-        return 0
     if a.record:
         a.Cnode, a.Gnode, nodes, more = asked_for(sys.stdin.read())
         # nodes without GPUs: a trial asks for none, unless told to

@@ -15,7 +15,7 @@ source "$REPO/scripts/raytune_hpo/ray_job.sh"
 WORK=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$WORK"' EXIT
 
-GPUS=$(find_gpus | cut -d' ' -f1)
+WORKERS_PER_TRIAL=1 look_at_node
 ((GPUS > 0)) || fail "no GPU that PyTorch can use on this machine"
 W=$((GPUS > 1 ? 2 : 1))
 prepare_training

@@ -66,7 +66,8 @@ class TrialLines(tune.Callback):
 
     def on_trial_start(self, iteration, trials, trial, **info):
         if not self.many:
-            say(f"{trial}  started    {self.drawn(trial)}")
+            how = "continues" if trial.latest_checkpoint_result else "started  "  # PBT pauses its trials
+            say(f"{trial}  {how}  {self.drawn(trial)}")
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
         self.best = min(self.best, result["eval_loss"])  # min() keeps its first argument if the second is NaN

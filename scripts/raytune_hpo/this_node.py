@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""What this node offers to trials, as far as this process may use it. The .slurm scripts ask it.
+
+    python this_node.py                # CPUs, GPUs, GPUs of each worker of a trial; and the node in words
+    python this_node.py --processes    # processes and threads that may still be started; inf without a limit
+    python this_node.py --why ADDRESS  # of a Ray that has ended: the cause, if it is this node; else nothing
+
+The words say what the node has and in which precision it trains: "20 CPUs, 8 GPUs (Tesla V100), fp16". If its GPUs
+do not serve: one line "ERROR: ..." and exit status 1.
+"""
+
+import contextlib
+import importlib.util
+import math
+import os
+import resource
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, Windows' under WSL
+
+# Counting is not enough: a build of PyTorch without kernels for this GPU sees it, and fails at the first sum. Of
+# several MIG slices a process sees one.
+COUNT = """
+import os, torch
+seen = sum(int(torch.ones(1, device=f"cuda:{i}").sum().item()) for i in range(torch.cuda.device_count()))
+slices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.startswith("MIG-")]
+half = "bf16" if seen and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+print(max(seen, len(slices)), half, torch.cuda.get_device_name()) if seen else print("0 fp32 ")"""
+
+BUILD = """
+import torch
+cuda = torch.cuda
+cards = {"%s sm_%d%d" % (cuda.get_device_name(i), *cuda.get_device_capability(i)) for i in range(cuda.device_count())}
+print("torch", torch.__version__, "for", " ".join(cuda.get_arch_list()) or "CPUs alone", "on", *cards or ["no GPU"])"""
+
+
+# ---- GPUs ------------------------------------------------------------------------------------------------
+def look():
+    """(CPUs, GPUs, GPUs of each worker, words), for the variables of a run. SystemExit if a trial finds too few."""
+    W, precision = setting("WORKERS_PER_TRIAL", 2, 1), os.environ.get("PRECISION") or "auto"
+    gpus, half, name = find_gpus()
+    Gw = setting("GPUS_PER_WORKER", min(gpus, 1), 0)  # unless the user says so, GPUs are used where there are any
+    if W * Gw > gpus:
+        fewer = f"WORKERS_PER_TRIAL={gpus}, or " if gpus else ""
+        fail(f"GPUS_PER_WORKER={Gw} WORKERS_PER_TRIAL={W}: a trial asks for {W * Gw} GPU(s) and this node has {gpus}; "
+             f"set {fewer}GPUS_PER_WORKER=0 to train on CPUs")
+    if "MIG" in name and W * Gw > 1:
+        fail(f"WORKERS_PER_TRIAL={W}: slices of a GPU (MIG) cannot train one trial together; set WORKERS_PER_TRIAL=1")
+    if precision == "fp16" and not Gw:
+        fail("PRECISION=fp16: CPUs do not train in it; set auto, bf16 or fp32")
+    if precision == "auto":  # as the search decides it
+        precision = half if Gw else "fp32"
+    cpus = usable_cpus()
+    return cpus, gpus, Gw, f"{cpus} CPUs, {gpus} GPUs{f' ({name})' if name else ''}, {precision}"
+
+
+def find_gpus():
+    """(number, their best precision, name) of the GPUs that PyTorch can use here, not those that Slurm promises."""
+    env = os.environ
+    if not importlib.util.find_spec("torch"):
+        fail(f"{sys.executable} has no PyTorch; "
+             "activate the course's environment in the EDIT block of this node's script")
+    # Importing PyTorch takes seconds, so only where a driver is, or what may break it.
+    driver = any(map(os.path.exists, DRIVERS))
+    if env.get("GPUS_PER_WORKER") == "0" or not driver:
+        if env.get("LD_LIBRARY_PATH"):
+            ask_torch("import torch")
+        return 0, "fp32", ""
+    number, half, name = ask_torch(COUNT).split(" ", 2)
+    # A job that has asked Slurm for no GPU sees none, also where there are some.
+    if number == "0" and Path(DRIVERS[0]).exists() and ("SLURM_JOB_ID" not in env or env.get("SLURM_GPUS_ON_NODE")):
+        fail("this node has an NVIDIA driver but PyTorch sees no GPU; check with: "
+             "python -c 'import torch; torch.zeros(1).cuda()', or set GPUS_PER_WORKER=0 to train on CPUs")
+    return int(number), half, name
+
+
+def ask_torch(code):
+    """The last line that the code prints, in a process of its own: a broken library can kill it."""
+    run = run_python(code)
+    if run.returncode == 0:
+        return run.stdout.rstrip("\n").split("\n")[-1]
+    fix = "install the build for its GPU (environment.yml), or set GPUS_PER_WORKER=0 to train on CPUs"
+    libraries = os.environ.get("LD_LIBRARY_PATH")
+    if libraries and run_python("import torch", without="LD_LIBRARY_PATH").returncode == 0:
+        fix = (f"LD_LIBRARY_PATH={libraries} gives it other libraries than its own: load no CUDA module, "
+               "or unset LD_LIBRARY_PATH, in the EDIT block")  # fmt: skip
+    elif (build := run_python(BUILD)).returncode == 0:
+        fix = f"this is {build.stdout.splitlines()[-1]}; {fix}"
+    said = (run.stderr.splitlines() or [f"it ended with status {run.returncode}"])[-1]
+    return fail(f"PyTorch does not run on this node: {said}; {fix}")
+
+
+def run_python(code, without=None):
+    env = {name: value for name, value in os.environ.items() if name != without}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+
+
+# ---- CPUs and processes ----------------------------------------------------------------------------------
+def usable_cpus(root="/"):
+    """CPUs that this process may use, at least 1: in a batch job Slurm's, else the least of all that limits it."""
+    of_slurm = int(os.environ.get("SLURM_CPUS_ON_NODE") or 0)
+    if os.environ.get("ON_SLURM") and of_slurm:
+        return of_slurm
+    counts = [len(os.sched_getaffinity(0)), *([of_slurm] if of_slurm else [])]
+    for folder in cgroups("cpu", root):  # https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (folder / "cpu.max").read_text().split()  # version 2; without a limit "max 100000"
+            counts.append(int(quota) // int(period))
+        with contextlib.suppress(OSError, ValueError):  # version 1; without a limit -1
+            quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+            counts += [quota // period] if quota > 0 else []
+    return max(1, min(counts))
+
+
+def free_processes(root="/"):
+    """Processes and threads that this user may still start here; math.inf without a limit."""
+    left, limit = [math.inf], resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if limit != resource.RLIM_INFINITY:
+        mine = [task for task in Path("/proc").glob("[0-9]*") if owner(task) == os.getuid()]
+        left.append(limit - sum(len(list(task.glob("task/*"))) for task in mine))
+    for folder in cgroups("pids", root):
+        with contextlib.suppress(OSError, ValueError):
+            left.append(int((folder / "pids.max").read_text()) - int((folder / "pids.current").read_text()))
+    return min(left)
+
+
+def owner(path):
+    with contextlib.suppress(OSError):
+        return path.stat().st_uid
+
+
+def cgroups(controller, root="/"):
+    """Folders of the cgroups that this process is in, outwards. In a container the outermost is all one sees."""
+    with contextlib.suppress(OSError):
+        for line in Path(root, "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers or controller in controllers.split(","):  # version 2 has none in this place
+                top = Path(root, "sys/fs/cgroup", controller if controllers else "")
+                folder = Path(f"{top}{path}")
+                yield from (each for each in (folder, *folder.parents) if each.is_relative_to(top))
+
+
+def likely_cause(address):
+    """What Ray itself does not name, to be added to a sentence: processes that ran out, an address of another node."""
+    left = free_processes()
+    if left < 300:  # threads; Ray has some 150, a trial 130
+        return (f", and only {left} more processes may be started here (ulimit -u "
+                f"{resource.getrlimit(resource.RLIMIT_NPROC)[0]}, or a cgroup's pids.max): "
+                "raise it before sbatch, or ask your site")  # fmt: skip
+    try:
+        socket.create_server((address, 0)).close()
+    except OSError:
+        own = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.strip()
+        return f", with the address {address}, not one of this node ({own}): set NODE_ADDRESS in the EDIT block"
+    return ""
+
+
+# ---- Settings and errors ---------------------------------------------------------------------------------
+def setting(name, default, low):
+    """A variable's whole number."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal() or int(text) < low:
+        fail(f"{name}={text}: set a whole number of at least {low}")
+    return int(text)
+
+
+def fail(why):
+    sys.exit(f"ERROR: {why}")
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["--processes"]:
+            print(free_processes())
+        case ["--why", address]:
+            print(likely_cause(address), end="")
+        case _:
+            print(*look())
