@@ -23,7 +23,8 @@ MAX_BYTES = 200_000_000  # of a log; a real one has some 10 kB
 # A line that was cut in two, and its rest below: the frame of a table, a trial's hyperparameters, a result of the grid.
 FOLDED = re.compile(
     r"(^\+-[-+=]*[-=]|^\|[-=+]+[-=]|^RESULT (?!.* runtime_s=).*"
-    r"|search +\| \S+  (?:started|continues) +(\S+ \S+  )*\S+)\n\S|search +\| \S+  (?:started|continues) .*\n\S+ [-+.\de]+(  |$)", re.MULTILINE
+    r"|search +\| \S+  (?:started|continues) +(\S+ \S+  )*\S+)\n\S"
+    r"|search +\| \S+  (?:started|continues) .*\n\S+ [-+.\de]+(  |$)", re.MULTILINE
 )
 BANNER = re.compile(r"===== JOB (\S+) (START|FINISH) *: (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) ?(.*?) =====")
 CLOCK = re.compile(r"(\d\d):(\d\d):(\d\d) (\S+)(?: \S+)? \| (.*)")
