@@ -36,7 +36,7 @@ class Student(Cluster):
 
     def types(self, block, seconds=120):
         """Returns what the block prints; `job` and the like are kept for the next one."""
-        ends = "; ".join(f'echo "{name}=${name}" >&3' for name in ("job", "grid", "worker"))
+        ends = "; ".join(f'echo "{name}=${name}" >&3' for name in ("job", "grid", "worker", "save"))
         script = f"exec 3>{self.folder}/shell.txt\n{block}\n{ends}\n"
         run = subprocess.run(["bash", "-ec", script], cwd=self.folder, env=self.environ | self.shell, text=True,
                              check=False, capture_output=True, timeout=seconds)  # fmt: skip
@@ -172,3 +172,20 @@ def test_a_sampler_that_learns(student):
     log = student.runs()
     drawn = reports_of(student.folder / "runs" / student.shell["job"])
     assert sorted(name[-5:] for name in drawn) == [f"{i:05d}" for i in range(6)] and len(table_of(log)) == 6
+
+
+def test_lora_and_its_adapter_as_a_model_that_answers(student):
+    """On the way save_best.slurm is tried on Slurm."""
+    edit(student.folder, exercise(13))
+    submit, save = fenced(exercise(13), "bash")
+    student.types(submit)
+    assert set(re.findall(r"lora_rank (\d+)", student.runs())) <= {"2", "8", "32"}
+    student.types(save)
+    manual, run = student.folder.parents[2] / "manual", student.folder / "runs" / student.shell["job"]
+    ended = student.wait_for_end(student.shell["save"], 240)
+    log = (manual / f"logs/save_best-{student.shell['save']}.out").read_text()
+    assert ended["JobState"] == "COMPLETED", log
+    assert "FINISH" in log.splitlines()[-1]
+    assert (run / "model/adapter_model.safetensors").exists() and log.count("    model: ") == 10
+    assert "| Exact Match (%) | F1 (%) | Loss |" in (run / "tables.md").read_text()
+    assert not list(manual.glob("logs/*.err"))

@@ -132,7 +132,7 @@ def test_load_squad_takes_a_data_set_from_the_hub_in_the_same_form(hpo, demo, sq
 
     def rows(name, split):
         assert name == "rajpurkar/squad"
-        return [datasets.Dataset.from_list(hpo.read_squad_json(squad / files[each])) for each in split]
+        return [datasets.Dataset.from_list(hpo.read_file(squad / files[each])) for each in split]
 
     from_folder = hpo.load_squad(settings(hpo, demo, squad, TRAIN_SAMPLES=8, EVAL_SAMPLES=4))
     monkeypatch.setattr(datasets, "load_dataset", rows)
@@ -142,7 +142,7 @@ def test_load_squad_takes_a_data_set_from_the_hub_in_the_same_form(hpo, demo, sq
 def test_a_squad_file_with_a_byte_order_mark_is_read(hpo, tmp_path):
     data = {"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": [{"text": "é"}]}]}]}]}
     (tmp_path / "dev-v1.1.json").write_text(json.dumps(data), encoding="utf-8-sig")
-    assert hpo.read_squad_json(tmp_path / "dev-v1.1.json")[0]["answers"]["text"] == ["é"]
+    assert hpo.read_file(tmp_path / "dev-v1.1.json")[0]["answers"]["text"] == ["é"]
 
 
 class FakeResult(types.SimpleNamespace):

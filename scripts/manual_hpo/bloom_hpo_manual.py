@@ -2,14 +2,16 @@
 """Trains one configuration by hand: what a search does twelve times, without the search.
 
     torchrun --standalone --nproc_per_node=2 bloom_hpo_manual.py --lr 1e-5 --bs 1 --wd 0.0
-    torchrun --standalone --nproc_per_node=2 bloom_hpo_manual.py --best RUN_FOLDER --epochs 30
+    torchrun --standalone --nproc_per_node=2 bloom_hpo_manual.py --best RUN_FOLDER --save MODEL_FOLDER
 
 Data, objective and training are imported from raytune_asha_hpo.py, and so are its environment variables
-(MODEL_NAME, SQUAD_DATA, TRAIN_SAMPLES, ..., SEED). Rank 0 prints one line per epoch and one RESULT line: the
-lowest eval_loss and its epoch. With --csv it also appends that as a row to a file.
+(MODEL_NAME, SQUAD_DATA, TRAIN_SAMPLES, ..., SEED); with --best, those not set are as they were in that run.
+Rank 0 prints one line per epoch and one RESULT line: the lowest eval_loss and its epoch. With --csv it also
+appends that as a row to a file. With --save it keeps the model of that epoch, for ask.py and from_pretrained.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -22,6 +24,7 @@ TOOLS = Path(__file__).resolve().parents[1] / "raytune_hpo"
 sys.path[:0] = [str(TOOLS), str(TOOLS / "raytune_asha_scheduler")]
 import check_inputs
 import raytune_asha_hpo as hpo
+import saved_model
 from check_inputs import InputError
 
 COLUMNS = ("lr", "per_device_bs", "wd", "eval_loss", "epoch", "runtime_s")
@@ -48,8 +51,19 @@ def best_configuration(run_folder):
     return best[1]
 
 
-def train(hyperparameters, settings, csv_file):
-    """Trains in this process group; rank 0 prints and, if csv_file is given, writes the result."""
+def settings_of(run_folder):
+    """The variables of the run as they were set; none if it has no settings.json."""
+    try:
+        return dict(json.loads(Path(run_folder, "settings.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def train(hyperparameters, settings, csv_file, new_model=None):
+    """Trains in this process group; rank 0 prints and, if csv_file is given, writes the result.
+
+    new_model: a saved_model.NewModel, which keeps the weights of the epoch with the lowest loss.
+    """
     from transformers import TrainerCallback
 
     first = os.environ.get("RANK", "0") == "0"
@@ -62,7 +76,10 @@ def train(hyperparameters, settings, csv_file):
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             loss = metrics["eval_answer_loss"]
-            reports.append((loss, round(state.epoch)))
+            lowest = math.isfinite(loss) and loss < min((seen for seen, _ in reports), default=math.inf)
+            if lowest and new_model:
+                new_model.keep(kwargs["model"])
+            reports.append((loss if math.isfinite(loss) else math.inf, round(state.epoch)))
             if first:
                 epoch = f"epoch {round(state.epoch)}/{settings.NUM_EPOCHS}"
                 text = f"{drawn}  {epoch}  eval_loss {loss:.5f}"
@@ -76,6 +93,8 @@ def train(hyperparameters, settings, csv_file):
         raise InputError(f"{drawn}: diverged, no epoch has a finite eval_loss; use a lower learning rate")
     loss, epoch = min(finite)
     runtime = time.monotonic() - start
+    if new_model:
+        new_model.finish(settings, {"hyperparameters": hyperparameters, "eval_loss": loss, "epoch": epoch})
     print(f"RESULT {drawn} eval_loss={loss:.6f} epoch={epoch} runtime_s={runtime:.1f}", flush=True)
     if csv_file:
         with csv_file.open("a", newline="") as file:
@@ -93,6 +112,7 @@ def main():
     parser.add_argument("--wd", help="weight decay")
     parser.add_argument("--best", metavar="RUN_FOLDER", help="instead: the best that a search has found")
     parser.add_argument("--epochs", help="epochs (default: NUM_EPOCHS)")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the model of the best epoch here")
     columns = ", ".join(COLUMNS)
     parser.add_argument("--csv", type=Path, metavar="FILE", help=f"append the result here ({columns})")
     a = parser.parse_args()
@@ -112,12 +132,14 @@ def main():
     try:
         if problems:
             raise InputError("\n".join(problems))
-        drawn = {"lr": value["lr"], "per_device_bs": value["bs"], "wd": value["wd"]}
+        drawn, environ = {"lr": value["lr"], "per_device_bs": value["bs"], "wd": value["wd"]}, os.environ
         if a.best is not None:
-            drawn = best_configuration(a.best)
-        settings = check_inputs.check(os.environ)
+            drawn, environ = best_configuration(a.best), settings_of(a.best) | os.environ
+        settings = check_inputs.check(environ)
         settings.NUM_EPOCHS = value["epochs"] or settings.NUM_EPOCHS
-        train(drawn, settings, a.csv)
+        settings.WORKERS_PER_TRIAL = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
+        with saved_model.NewModel(a.save, a.best) if a.save else contextlib.nullcontext() as new_model:
+            train(drawn, settings, a.csv, new_model)
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
             print(*(f"ERROR: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)

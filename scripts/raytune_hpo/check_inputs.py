@@ -47,6 +47,8 @@ LIMITS = {  # name: (lowest, highest)
     "NUM_EPOCHS": (1, 10_000),
     "TRAIN_SAMPLES": (1, 1_000_000),
     "EVAL_SAMPLES": (1, 1_000_000),
+    "TEST_SAMPLES": (1, 1_000_000),  # of ask.py
+    "CHAT_TEMPLATE": (0, 1),
     "WORKERS_PER_TRIAL": (1, 1024),
     "CPUS_PER_WORKER": (1, 1024),
     "GPUS_PER_WORKER": (0, 1),
@@ -233,6 +235,8 @@ def model_and_data_problems(s):
         except Exception as error:  # noqa: BLE001  so many libraries, so many kinds
             why = f"cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             problems.append(f"{name}={value!r}: {why}; {FETCH_AGAIN if os.path.isdir(value) else FETCH}")
+    if not problems and s.CHAT_TEMPLATE:
+        problems = chat_template_problems(s.MODEL_NAME)
     for name, (source, found) in questions.items():
         asked = getattr(s, name)
         if asked is not None and asked > found:
@@ -261,6 +265,21 @@ def look_into_model(folder):
         except Exception as error:  # noqa: BLE001  the library raises nothing more specific
             reason = str(error).splitlines()[0]
             raise InputError(f"tokenizer.json cannot be read ({reason}); {FETCH_AGAIN}") from None
+
+
+def chat_template_problems(name):
+    """A tokenizer without one, or whose template changes the prompt."""
+    from transformers import AutoTokenizer
+
+    why, user = "has no chat template", [{"role": "user", "content": "@@"}]
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if tokenizer.chat_template:
+        try:
+            text = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+            why = None if text.count("@@") == 1 else "has a chat template that does not show the prompt as it is"
+        except Exception as error:  # noqa: BLE001  a template is a program, and raises what it likes
+            why = f"has a chat template that takes no single prompt ({error})"
+    return [f"CHAT_TEMPLATE='1': the tokenizer of {name} {why}; set CHAT_TEMPLATE=0"] if why else []
 
 
 def look_for_model(name):
@@ -328,12 +347,14 @@ def complain_about_model(config, weights, tokenizers):
 
 def count_questions(folder):
     """{variable: (file, number of questions in it)}"""
-    found = {}
-    for name, file in (("TRAIN_SAMPLES", "train-v1.1.json"), ("EVAL_SAMPLES", "dev-v1.1.json")):
+    folder, found = Path(folder), {}
+    form = ".jsonl" if (folder / "train.jsonl").exists() else "-v1.1.json"
+    for name, file in (("TRAIN_SAMPLES", f"train{form}"), ("EVAL_SAMPLES", f"dev{form}")):
         try:
-            found[name] = file, len(read_squad(Path(folder, file)))
+            found[name] = file, len((read_jsonl if form == ".jsonl" else read_squad)(folder / file))
         except FileNotFoundError:
-            raise InputError(f"no file {file} in this folder; give a folder that has it") from None
+            also = " (or train.jsonl and dev.jsonl)" if form != ".jsonl" else ""
+            raise InputError(f"no file {file} in this folder; give a folder that has it{also}") from None
         except OSError as error:
             raise InputError(f"{file} cannot be read ({error.strerror}); {FETCH_AGAIN}") from None
         except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -344,13 +365,38 @@ def count_questions(folder):
 
 def read_squad(path):
     """The questions as the lesson reads them. ValueError, LookupError, TypeError: it is not SQuAD."""
-    rows = lesson.read_squad_json(path)
+    rows = lesson.read_file(path)
     texts = [text for row in rows for text in (row["context"], row["question"], *row["answers"]["text"])]
     answered = rows and all(row["answers"]["text"] for row in rows)
     if not answered or not all(isinstance(text, str) for text in texts):
         raise ValueError("no questions, a question without an answer, or a non-string text")
     "".join(texts).encode()  # JSON can contain halves of surrogate pairs, which the tokenizer refuses
     return rows
+
+
+def read_jsonl(path):
+    """The examples of a file of JSON lines. Raises InputError with the number of the first wrong line."""
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{path.name}, line {line}: is not UTF-8; save the file as UTF-8") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                texts = [row["prompt"], row["answer"]]
+                if not all(isinstance(text, str) and text.strip() for text in texts):
+                    raise ValueError("an empty text, or no text")
+                "".join(texts).encode()
+                found.append(row)
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                form, why = '{"prompt": "...", "answer": "..."}', f"{type(error).__name__}: {error}"
+                raise InputError(f"{path.name}, line {number}: is not {form} ({why:.200}); mend it") from None
+    if not found:
+        raise InputError(f"{path.name} is empty; write a line for each example")
+    return found
 
 
 def count_questions_on_hub(name):

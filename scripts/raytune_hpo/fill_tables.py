@@ -42,6 +42,7 @@ SAME_TO_COMPARE = ("MODEL_NAME", "SQUAD_DATA", "TRAIN_SAMPLES", "EVAL_SAMPLES", 
 
 COLUMNS = ["Combo ID", *TITLES.values(), "Eval Loss", "Runtime (s)"]  # of a trial
 BEST_COLUMNS = [*(f"Best {name}" for name in (*TITLES.values(), "Eval Loss")), "Total Runtime (s)", "Epochs"]
+SCORES = ["Exact Match (%)", "F1 (%)", "Loss"]  # of ask.py --score, on questions that no trial has seen
 
 
 # ============================================================================================================
@@ -154,9 +155,21 @@ def sections(run):
     if others:
         words = ", ".join(f"{name} {show(value)}" for name, value in others.items())
         below.append(f"Its further hyperparameters: {words}.")
-    table3 = ("Table 3: the best", BEST_COLUMNS, [row], below)
+    scored, further = [], []
+    for name, found in run.scores.items():
+        figures_of = [f"{found['exact_match']:.1f}", f"{found['f1']:.1f}",
+                      f"{found['eval_loss']:.4f} +- {found['standard_error']:.4f}"]
+        scored.append([name, *figures_of])
+    if scored:
+        row, further = row + scored[-1][1:], SCORES
+        below.append(f"{', '.join(SCORES)}: of the best as a model, see below.")
+    table3 = ("Table 3: the best", [*BEST_COLUMNS, *further], [row], below)
+    asked = []
+    if scored:
+        what = f"On {found['questions']} questions that no trial has seen. Loss: nats per answer token, +- its error."
+        asked = [("The best as a model", ["Model", *SCORES], scored, [what])]
     lists = (("Figures", figures(run)), ("Failed and diverged trials", troubles(run)))
-    return [job, table2, table3, *((title, [], [], lines) for title, lines in lists)]
+    return [job, table2, table3, *asked, *((title, [], [], lines) for title, lines in lists)]
 
 
 def figures(run):
@@ -231,7 +244,7 @@ def as_json(run):
         "start": run.start and str(run.start), "finish": run.finish and str(run.finish),
         "time_zone": run.zones[0], "total_time_s": run.now, "settings": run.settings,
         "precisions": sorted(run.precisions),
-        "trials": trials, "best": best, "totals": totals(run), "notes": run.notes,
+        "trials": trials, "best": best, "totals": totals(run), "notes": run.notes, "scores": run.scores,
     }
 
 

@@ -106,6 +106,7 @@ class Run:
     exit_status: int = 0
     has_table: bool = False
     notes: list = field(default_factory=list)
+    scores: dict = field(default_factory=dict)  # model -> what ask.py --score has found
 
     def number(self, name, default):
         """A setting that is a whole number."""
@@ -456,6 +457,8 @@ def read_folder(folder):
     if not found:
         raise NotALog(f"{folder}: not a run folder (no tune/<trial>/params.json); give runs/<jobid> or a log")
     run.source = str(folder)
+    with contextlib.suppress(OSError, ValueError):  # save_best.slurm writes it, later
+        run.scores = dict(json.loads((folder / "scores.json").read_text(encoding="utf-8")))
     if not log.is_file():
         run.notes.append(f"no log {log.name}: no job times; how a trial ended is told by its epochs")
     for path in found:

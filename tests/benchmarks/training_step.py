@@ -35,7 +35,7 @@ def make_model(hpo, folder, squad, shape):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
-    rows = [row for file in ("train-v1.1.json", "dev-v1.1.json") for row in hpo.read_squad_json(squad / file)]
+    rows = [row for file in ("train-v1.1.json", "dev-v1.1.json") for row in hpo.read_file(squad / file)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -41,9 +41,10 @@ VARIABLES = {  # name: (default, how its text is read, meaning)
     "NUM_SAMPLES": ("12", int, "trials"),
     "NUM_EPOCHS": ("5", int, "epochs of a trial that is never stopped (ASHA's max_t)"),
     "MODEL_NAME": ("bigscience/bloom-560m", str, "model: hub id or local folder"),
-    "SQUAD_DATA": ("rajpurkar/squad", str, "data: hub id, or folder with train-v1.1.json and dev-v1.1.json"),
+    "SQUAD_DATA": ("rajpurkar/squad", str, "data: hub id, or folder of SQuAD's JSON, or with {train,dev}.jsonl"),
     "TRAIN_SAMPLES": ("1000", int, "training questions, drawn with SEED"),
     "EVAL_SAMPLES": ("100", int, "validation questions, drawn with SEED"),
+    "CHAT_TEMPLATE": ("0", int, "1: prompts in the chat template of the model's tokenizer"),
     "WORKERS_PER_TRIAL": ("2", int, "training processes of a trial (W)"),
     "CPUS_PER_WORKER": ("2", int, "CPUs of each (Cw)"),
     "GPUS_PER_WORKER": ("1", int, "GPUs of each (Gw); on nodes without GPUs 0, unless set"),
@@ -91,27 +92,39 @@ def load_squad(s):
     """(train, validation): lists of TRAIN_SAMPLES and EVAL_SAMPLES rows as encode() makes them."""
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(s.MODEL_NAME, trust_remote_code=False)
-    if Path(s.SQUAD_DATA).is_dir():
-        splits = [read_squad_json(Path(s.SQUAD_DATA, name)) for name in ("train-v1.1.json", "dev-v1.1.json")]
-    else:
-        from datasets import load_dataset
-        splits = load_dataset(s.SQUAD_DATA, split=["train", "validation"])
-    drawn = []
-    for rows, count in zip(splits, (s.TRAIN_SAMPLES, s.EVAL_SAMPLES), strict=True):
-        rows = [rows[i] for i in random.Random(s.SEED).sample(range(len(rows)), count)]
-        drawn.append([encode(r["context"], r["question"], r["answers"]["text"][0], tokenizer) for r in rows])
-    return tuple(drawn)
+    def encoded(r):
+        return encode(r["context"], r["question"], r["answers"]["text"][0], tokenizer, chat=s.CHAT_TEMPLATE)
+    train_rows, eval_rows = read_splits(s.SQUAD_DATA)
+    return ([encoded(r) for r in draw(train_rows, s.TRAIN_SAMPLES, s.SEED)],
+            [encoded(r) for r in draw(eval_rows, s.EVAL_SAMPLES, s.SEED)])
 
 
-def read_squad_json(path):
-    """A SQuAD v1.1 file as rows of the hub's form: context, question, answers {text: [...]}."""
-    articles = json.loads(path.read_text("utf-8-sig"))["data"]
+def draw(rows, count, seed):
+    return [rows[i] for i in random.Random(seed).sample(range(len(rows)), count)]
+
+
+def read_splits(data):
+    """(training, validation): all rows, in the hub's form: context, question, answers {text: [...]}."""
+    folder = Path(data)
+    if folder.is_dir():
+        form = ".jsonl" if (folder / "train.jsonl").exists() else "-v1.1.json"
+        return tuple(read_file(path) for path in (folder / f"train{form}", folder / f"dev{form}"))
+    from datasets import load_dataset
+    return load_dataset(data, split=["train", "validation"])
+
+
+def read_file(path):
+    """SQuAD v1.1, or JSON lines {"prompt": ..., "answer": ...}: then the prompt is the whole question."""
+    text = path.read_text("utf-8-sig")
+    if path.suffix == ".jsonl":
+        lines = (json.loads(line) for line in text.split("\n") if line.strip())
+        return [{"context": None, "question": r["prompt"], "answers": {"text": [r["answer"]]}} for r in lines]
     return [{"context": p["context"], "question": q["question"],
              "answers": {"text": [answer["text"] for answer in q["answers"]]}}
-            for article in articles for p in article["paragraphs"] for q in p["qas"]]
+            for article in json.loads(text)["data"] for p in article["paragraphs"] for q in p["qas"]]
 
 
-def encode(context, question, answer, tokenizer, max_length=512):
+def encode(context, question, answer, tokenizer, max_length=512, chat=False):
     """One question as a causal language model learns it: {"input_ids": [n], "labels": [n]}, n <= max_length.
 
     input_ids = prompt + answer + end-of-sequence. labels, in the same positions: -100 (ignored) on the
@@ -119,7 +132,14 @@ def encode(context, question, answer, tokenizer, max_length=512):
     too long, the context loses its end, then the question its start, and last of all the answer its end."""
     ids = functools.partial(tokenizer, add_special_tokens=False)
     target = [*ids(" " + answer.strip())["input_ids"][: max_length - 2], tokenizer.eos_token_id]
-    body, ask = ids(f"Context: {context}")["input_ids"], ids(f"\nQuestion: {question}\nAnswer:")["input_ids"]
+    body, ask = f"Context: {context}", f"\nQuestion: {question}\nAnswer:"
+    if context is None:
+        body, ask = "", question
+    if chat:
+        frame = [{"role": "user", "content": "@@"}]
+        frame = tokenizer.apply_chat_template(frame, tokenize=False, add_generation_prompt=True).split("@@")
+        body, ask = frame[0] + body, ask + frame[1]
+    body, ask = ids(body)["input_ids"], ids(ask)["input_ids"]
     room = max_length - len(target)  # >= 1, so at least one prompt token precedes the answer
     ask = ask[-room:]
     prompt = body[: room - len(ask)] + ask
