@@ -164,7 +164,6 @@ def test_population_based_training(student):
 
 
 def test_a_sampler_that_learns(student):
-    pytest.importorskip("optuna")
     edit(student.folder, exercise(11))
     (block,) = fenced(exercise(11), "bash")
     student.environ["NUM_SAMPLES"] = "6"

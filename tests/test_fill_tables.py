@@ -14,8 +14,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import as_study
 import draw_report
 import fill_tables
+import optuna
 import pytest
 import read_run
 from conftest import REPO
@@ -218,7 +220,7 @@ def test_the_head_job_fills_all_in_one_call(tmp_path):
     assert answer.stdout == f"pictures and report: {tmp_path}/report/report.html\n"
     text, page = (tmp_path / "tables.md").read_text(), (tmp_path / "report/report.html").read_text()
     (run,), job = json.loads((tmp_path / "run.json").read_text()), tables(text)["Table 1"][0]
-    drawn = (tmp_path / "report/learning_rate.png").stat().st_mtime
+    drawn = (tmp_path / "report/slots.png").stat().st_mtime
     assert 100 <= run["total_time_s"] < 160 and run["total_time_s"] >= int(drawn) - int(began.timestamp())
     assert job["Job Finish Time"] == f"{run['finish']} {began:%Z}" and job["Job Finish Time"] in page
     assert run["state"] == "complete"
@@ -645,7 +647,7 @@ def test_the_pictures_fit_a4(plots):
     from matplotlib.image import imread
 
     for folder in plots.values():
-        for name in ("loss.png", "slots.png", "learning_rate.png"):
+        for name in ("loss.png", "slots.png"):
             image = imread(folder / name)
             assert image.shape[1] == 1400 and 200 <= image.shape[0] <= 1800, name  # 7 inches, 200 dpi
             assert image[..., :3].std() > 0.01, f"{name} is blank"
@@ -654,7 +656,7 @@ def test_the_pictures_fit_a4(plots):
 def test_the_pictures_need_no_colour(plots):
     from matplotlib.image import imread
 
-    for name in ("loss.png", "slots.png", "learning_rate.png"):
+    for name in ("loss.png", "slots.png"):
         image = imread(plots["local-1124-021555-3046"] / name)[..., :3]
         assert abs(image - image.mean(axis=2, keepdims=True)).max() < 0.02, name
 
@@ -667,31 +669,46 @@ def test_slots_hold_one_trial_at_a_time():
     assert since == [5, 5, 50] and [bar[0] for bar in bars] == [0, 1, 0, 1, 2] and bars[4][3] == 100
 
 
-@pytest.mark.parametrize(("losses", "share", "p"), [
-    ([1, 2, 3, 4], 0.8, 1 / 3),  # by hand: ranks -1.5 .. 1.5, sums of the groups -2 and 2; two of six ways
-    ([1, 2, 2, 3], 0.5, 2 / 3),  # equal losses share a rank: -1.5, 0, 0, 1.5; four of the six
-    ([1, 4, 2, 3], 0.0, 1),
-    ([1, 1, 2, math.inf], 0.889, 1 / 3),
-])  # fmt: skip
-def test_share_explained_by_two_groups_of_two(losses, share, p):
-    found = draw_report.share_explained(losses, [0, 0, 1, 1])
-    assert found == (pytest.approx(share, abs=1e-3), pytest.approx(p, abs=0.05))
-
-
-def test_what_mattered_finds_it_and_does_not_find_what_is_not_there():
+def test_importance_finds_what_mattered_and_a_diverged_trial_counts_as_the_worst():
     run = read_run.Run("x")
-    for i in range(24):  # the best learning rate lies in the middle; a third hyperparameter does nothing
-        params = {"lr": 10 ** (-5 + i / 10), "wd": 0.01 * (i % 2), "idle": i * 7 % 24}
-        run.trials[str(i)] = read_run.Trial(str(i), params, [(1.0, abs(i - 12) + i % 2 * 0.1)])
-    run.trials["23"].reports = [(1.0, math.nan)]  # diverged: the worst
-    rows, n, epoch = draw_report.what_mattered(run)
-    shares = {name: (share, p) for name, _, share, _, p in rows}
-    low, middle, high = next(groups for name, groups, *_ in rows if name == "lr")
-    assert middle[2] < low[2] and middle[2] < high[2] and low[1] == middle[1] == high[1] == 8
-    assert (n, epoch) == (24, 1) and rows[0][0] == "lr" and shares["lr"][0] > 0.6 and shares["lr"][1] < 0.01
-    assert shares["wd"][1] > 0.05 and shares["idle"][1] > 0.05
-    run.trials = dict(list(run.trials.items())[:4])
-    assert draw_report.what_mattered(run)[0] == []
+    for i in range(24):  # the best learning rate lies in the middle; another hyperparameter does nothing
+        params = {"lr": 10 ** (-5 + i / 10), "per_device_bs": 1 + i % 2, "wd": 0.01 * (i * 7 % 24)}
+        run.trials[str(i)] = read_run.Trial(str(i), params, [(1.0, abs(i - 12) + 0.01 * i)])
+    run.trials["23"].reports = [(1.0, math.nan)]
+    epoch, losses = draw_report.first_losses(run)
+    assert epoch == 1 and losses["23"] == losses["0"] == max(losses.values())
+    study = as_study.compared(run, lambda trial: losses.get(trial.name))
+    importance = optuna.importance.get_param_importances(study)
+    assert next(iter(importance)) == "lr" and importance["lr"] > 0.7
+
+
+def test_a_run_is_an_optuna_study(tmp_path):
+    (tmp_path / "log.out").write_text(log_of(boxed(HEADER, ROWS)))
+    assert fill("--study", tmp_path / "study.db", tmp_path / "log.out").returncode == 0
+    run = read_run.parse(tmp_path / "log.out")
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/study.db")
+    assert [trial.value for trial in study.trials] == [trial.best() for trial in run.trials.values()]
+    assert study.best_params == {name: run.best["params"][name] for name in study.best_params}
+
+
+def test_the_study_of_a_whole_log_has_epochs_times_and_how_each_trial_ended(tmp_path):
+    log = REPO / "tests/logs/complete.out"
+    assert fill("--study", tmp_path / "study.db", log).returncode == 0
+    trials = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/study.db").trials
+    states = [trial.state.name for trial in trials]
+    assert len(trials) == 12 and states.count("COMPLETE") == 6 and states.count("PRUNED") == 6
+    assert trials[7].intermediate_values[5] == trials[7].value == min(trial.value for trial in trials)
+    assert all(trial.duration.total_seconds() > 10 for trial in trials)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["study.db"]
+
+
+@pytest.mark.parametrize("reached", ["GPUS_PER_WORKER", "00000  started", "00007  epoch 4/5"])
+def test_a_run_that_was_cut_short_is_a_study_as_well(tmp_path, reached):
+    (tmp_path / "log.out").write_text(cancelled(reached))
+    answer = fill("--study", tmp_path / "study.db", "--plots", tmp_path / "plots", tmp_path / "log.out")
+    assert answer.returncode == 0 and answer.stderr == ""
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/study.db")
+    assert {trial.state.name for trial in study.trials} <= {"COMPLETE", "PRUNED", "FAIL", "WAITING", "RUNNING"}
 
 
 def browse(page, folder):
@@ -752,13 +769,11 @@ def test_the_report_renders_in_a_browser(plots, name, tmp_path):
     assert not console and not asked
     tables_shown = re.findall(r"<table>.*?</table>", dom, flags=re.DOTALL)
     trials = {"local-1124-021555-3046": 12, "none": 0}.get(name, 3)
-    assert len(tables_shown) == (4 if trials == 12 else 3) and tables_shown[1].count("<tr>") == trials + 1
-    assert len(re.findall(r"<img alt=\"[^\"]+\" src=\"data:image/png;base64,", dom)) == 3
+    assert len(tables_shown) == 3 and tables_shown[1].count("<tr>") == trials + 1
+    assert len(re.findall(r"<img alt=\"[^\"]+\" src=\"data:image/png;base64,", dom)) == 2
     assert ('<svg class="main-svg"' in dom) == (trials > 0)
     if trials:
-        lines = len(re.findall(r'<path class="js-line"', dom))
-        assert lines == trials + {12: 3, 3: 2}[trials], "a line for each trial and each kind in the legend"
-        assert "Learning Rate (lr)" in dom[dom.index("main-svg"):]
+        assert "Lowest Eval Loss" in dom[dom.index("main-svg"):]
     assert "onerror=alert(1)>" not in re.sub(r"&lt;.*?&gt;", "", dom.split("</script>")[-1])
 
 

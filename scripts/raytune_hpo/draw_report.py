@@ -3,9 +3,6 @@
 import base64
 import html
 import math
-from statistics import median
-
-from read_run import TITLES, finite_or_none, further_names, number_or, show
 
 
 # ============================================================================================================
@@ -17,7 +14,7 @@ def best_losses(run):
 
 
 def pictures(run, folder):
-    """Writes loss.png, slots.png and learning_rate.png; one without data says so. -> [(path, caption)]"""
+    """Writes loss.png and slots.png; one without data says so. -> [(path, caption)]"""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -29,13 +26,12 @@ def pictures(run, folder):
     captions = {
         draw_loss: "Loss against epoch, one line a trial. A cross marks the rung at which ASHA stopped it.",
         draw_slots: "Trials on slots over time. Numbers are Combo IDs; white is idle.",
-        draw_learning_rate: "Learning rate against the lowest loss of each trial. Numbers are Combo IDs.",
     }
     made = []
     for draw, caption in captions.items():
         figure, axes = plt.subplots(figsize=(7, 4))  # inches: the text width of A4
         if draw(run, axes):
-            figure.legend(loc="outside upper left", ncols=2 if draw is draw_learning_rate else 4)
+            figure.legend(loc="outside upper left", ncols=4)
         else:
             figure.set_figheight(1)
             axes.set_axis_off()
@@ -169,169 +165,44 @@ def draw_slots(run, axes):
     return True
 
 
-def classes(values, most):
-    """Sorts values into at most `most` classes -> (class of each value, name of each class)."""
-    distinct = sorted(set(values), key=lambda v: (isinstance(v, str), v))
-    if len(distinct) <= most:
-        return [distinct.index(v) for v in values], [show(v) for v in distinct]
-    middle = len(distinct) // 2
-    name = show(distinct[middle])
-    return [int(distinct.index(v) >= middle) for v in values], [f"below {name}", f"from {name}"]
-
-
-def draw_learning_rate(run, axes):
-    """Picture (c). -> is there anything to draw?"""
-    points = [(t, loss) for t, loss in best_losses(run) if number_or(t.params.get("lr")) is not None]
-    if not points:
-        return False
-    loss_axis(axes, [loss for _, loss in points])
-    axes.set_xlabel(TITLES["lr"])
-    if min(t.params["lr"] for t, _ in points) > 0:
-        log_axis(axes.xaxis, f"{TITLES['lr']}, log scale")
-    shape, shapes = classes([number_or(t.params.get("per_device_bs"), "-") for t, _ in points], 6)
-    fill, fills = classes([number_or(t.params.get("wd"), "-") for t, _ in points], 3)
-    few, best = len(points) <= 60, run.best and run.best.get("trial")
-    for i, j in sorted(set(zip(shape, fill))):
-        here = [point for point, *ij in zip(points, shape, fill) if ij == [i, j]]
-        axes.plot([t.params["lr"] for t, _ in here], [loss for _, loss in here], "os^Dv*"[i],
-                  fillstyle=("none", "full", "left")[j], color="black",
-                  markerfacecoloralt="white", markersize=8 if few else 4,
-                  label=f"bs {shapes[i]}, wd {fills[j]}")
-        for t, loss in here if few else []:
-            axes.annotate(t.id + (" (best)" if t is best else ""), (t.params["lr"], loss), xytext=(6, 4),
-                          textcoords="offset points", fontsize=8)
-    return True
-
-
 # ============================================================================================================
 # report.html
 # ============================================================================================================
-def share_explained(losses, group):
-    """The share of the variance of the losses' ranks between the groups, and how often chance gives as much.
-
-    losses: [n], equal ones share a rank. group: [n] of 0, 1, ... -> (share, p). (n - 1) * share is H of the
-    Kruskal-Wallis test, but p is counted in 2,000 shuffles: the usual formula holds for many trials only.
-    """
-    import numpy
-
-    _, place, number = numpy.unique(losses, return_inverse=True, return_counts=True)
-    ranks = (numpy.cumsum(number) - number / 2)[place]
-    ranks -= ranks.mean()
-
-    def share(ranks):
-        return float((numpy.bincount(group, ranks) ** 2 / numpy.bincount(group)).sum() / (ranks**2).sum())
-
-    found, chance = share(ranks), numpy.random.default_rng(0)
-    as_much = sum(share(chance.permutation(ranks)) >= found - 1e-9 for _ in range(2000))  # but for rounding
-    return found, (1 + as_much) / 2001  # what was found is one of the possible orders, too
+def first_losses(run):
+    """(epoch, {trial: loss}): the losses at the first epoch, which all trials have trained; diverged, the worst."""
+    reports = {t.name: min(t.reports) for t in run.trials.values() if t.reports and t.status != "FAILED"}
+    first = min((epoch for epoch, _ in reports.values()), default=1)
+    losses = {name: loss for name, (epoch, loss) in reports.items() if epoch == first or not math.isfinite(loss)}
+    worst = max(filter(math.isfinite, losses.values()), default=0)
+    return first, {name: loss if math.isfinite(loss) else worst for name, loss in losses.items()}
 
 
-def what_mattered(run):
-    """Do trials with different values of a hyperparameter differ in loss? -> (rows, number of trials, epoch)
+def charts(run):
+    """Optuna's charts as HTML, with hover and zoom (plotly, its JavaScript inside)."""
+    import as_study
+    from optuna import visualization
 
-    All trials are compared at the first epoch, which all have trained. A row for each hyperparameter: name,
-    groups [(values, number of trials, median loss)], the share explained, the share that chance gives on
-    average, and p (see share_explained). A group is one value, or a third of the trials sorted by a
-    hyperparameter with many values, so that a best value in the middle shows too. A diverged trial counts as
-    the worst. Needs 5 trials.
-    """
-    first = [(t, min(t.reports)) for t in run.trials.values() if t.reports and t.status != "FAILED"]
-    epoch = min((epoch for _, (epoch, _) in first), default=1)
-    first = [(t, loss if math.isfinite(loss) else math.inf)
-             for t, (e, loss) in first if e == epoch or not math.isfinite(loss)]
-    n, rows = len(first), []
-    if n < 5 or len({loss for _, loss in first}) < 2:
-        return rows, n, epoch
-    for name in [*TITLES, *further_names([run])]:
-        if not any(name in t.params for t, _ in first):
-            continue
-        numeric = all(finite_or_none(t.params.get(name)) is not None for t, _ in first)
-        pairs = [(t.params[name] if numeric else show(t.params.get(name)), loss) for t, loss in first]
-        distinct = sorted({value for value, _ in pairs})
-        if numeric and len(distinct) > 4:
-            # the smallest value of the middle third and of the upper one
-            cuts = [distinct[len(distinct) * third // 3] for third in (1, 2)]
-            group = [sum(value >= cut for cut in cuts) for value, _ in pairs]
-        else:
-            group = [distinct.index(value) for value, _ in pairs]
-        members = [[pair for pair, g in zip(pairs, group) if g == wanted] for wanted in range(max(group) + 1)]
-        if not 2 <= len(members) <= n / 2:
-            continue
-        share, p = share_explained([loss for _, loss in pairs], group)
-        summary = []
-        for pairs in members:
-            ends = (f"{v:.3g}" if isinstance(v, float) else show(v) for v in (min(pairs)[0], max(pairs)[0]))
-            summary.append((" .. ".join(dict.fromkeys(ends)), len(pairs), median(loss for _, loss in pairs)))
-        rows.append((name, summary, share, (len(members) - 1) / (n - 1), p))
-    return sorted(rows, key=lambda row: row[-1]), n, epoch
-
-
-def parallel_coordinates(run):
-    """A chart of all trials with a loss as HTML (plotly, its JavaScript inside), or "" if there is none.
-
-    Drawn as lines in SVG: unlike plotly's Parcoords, that needs no WebGL, shows values on hover and prints.
-    """
-    import plotly.graph_objects as go
-
-    trials = best_losses(run)
-    names = [name for name in [*TITLES, *further_names([run])] if any(name in t.params for t, _ in trials)]
-    if not trials:
-        return ""
-    columns = {TITLES.get(name, name): [t.params.get(name) for t, _ in trials] for name in names}
-    columns |= {"Epochs": [t.epochs for t, _ in trials], "Lowest Eval Loss": [loss for _, loss in trials]}
-    figure, heights = go.Figure(), []
-    for place, (name, values) in enumerate(columns.items()):
-        numeric = all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
-        distinct = sorted(set(values if numeric else map(str, values)))
-        if numeric and len(distinct) > 6:
-            log = min(values) > 0 and max(values) > 8 * min(values)
-            scale = math.log10 if log else float
-            low, high = scale(min(values)), scale(max(values))
-            height = [(scale(v) - low) / (high - low) for v in values]
-            marks = [low + (high - low) * i / 4 for i in range(5)]
-            if log:
-                decades = range(math.floor(low), math.ceil(high))
-                marks = [float(f"{m}e{k}") for k in decades for m in (1, 2, 5)]
-            ticks = [((scale(v) - low) / (high - low), f"{v:.3g}") for v in marks if low <= scale(v) <= high]
-            name += ", log" if log else ""
-        else:  # few values: lines are spread a little around each
-            step = max(1, len(distinct) - 1)
-            index = [distinct.index(v if numeric else str(v)) for v in values]
-            spread = 0.16 / max(1, len(values) - 1) if len(distinct) > 1 else 0
-            height = [(i + spread * (k - (len(values) - 1) / 2)) / step for k, i in enumerate(index)]
-            ticks = [(i / step, show(v)[:24]) for i, v in enumerate(distinct)][:: max(1, len(distinct) // 12)]
-        heights.append(height)
-        figure.add_shape(type="line", x0=place, x1=place, y0=-0.08, y1=1.08,
-                         line={"color": "#888", "width": 1})
-        for y, text in ticks:
-            figure.add_annotation(x=place, y=y, text=html.escape(text), showarrow=False, xanchor="right",
-                                  xshift=-9, bgcolor="white", font={"size": 12})
-        figure.add_annotation(x=place, y=1.17, text=f"<b>{html.escape(name)}</b>", showarrow=False)
-    best = run.best and run.best.get("trial")
-    groups = {"stopped by ASHA": ("#999", 1.5, "dash"), "diverged": ("#c60", 1.5, "dot"),
-              "FAILED": ("#c60", 1.5, "dashdot"), "other": ("#777", 1.5, "longdash"),
-              "finished": ("#05a", 2, "solid"), "best": ("#000", 4, "solid")}
-    for group, (colour, width, dash) in groups.items():
-        x, y, text = [], [], []
-        for k, (t, _) in enumerate(trials):
-            if group != ("best" if t is best else t.status if t.status in groups else "other"):
-                continue
-            words = [f"{name}: {show(values[k])}" for name, values in columns.items()]
-            words.insert(0, f"combo {t.id}: {t.status}")
-            x += [*range(len(columns)), None]
-            y += [*(height[k] for height in heights), None]
-            text += ["<br>".join(map(html.escape, words))] * len(columns) + [""]
-        if x:
-            figure.add_trace(go.Scatter(x=x, y=y, text=text, hoverinfo="text", mode="lines+markers",
-                                        name=group, marker={"size": 5},
-                                        line={"color": colour, "width": width, "dash": dash}))
-    figure.update_layout(template="none", height=430, margin={"l": 70, "r": 20, "t": 20, "b": 20},
-                         legend={"orientation": "h", "y": -0.05}, showlegend=True,
-                         font={"family": "sans-serif", "size": 13}, hovermode="closest", dragmode=False)
-    figure.update_xaxes(visible=False, range=[-0.45, len(columns) - 0.7], fixedrange=True)
-    figure.update_yaxes(visible=False, range=[-0.1, 1.24], fixedrange=True)
-    return figure.to_html(full_html=False, include_plotlyjs=True, div_id="parallel",
-                          config={"displayModeBar": False, "responsive": True})
+    lowest, name = as_study.compared(run, lambda trial: trial.best()), "Lowest Eval Loss"
+    epoch, first = first_losses(run)
+    at_first = as_study.compared(run, lambda trial: first.get(trial.name))
+    made = []
+    if lowest.trials and lowest.trials[0].params:
+        made += [("Each hyperparameter against the loss", visualization.plot_slice(lowest, target_name=name), ""),
+                 ("Parallel coordinates", visualization.plot_parallel_coordinate(lowest, target_name=name), "")]
+    if len(at_first.trials) >= 5 and len(set(first.values())) > 1:
+        n = len(at_first.trials)
+        weak = f"{n} trials are weak evidence: another draw can turn the order round. " if n < 50 else ""
+        made.append(("Which hyperparameter mattered", visualization.plot_param_importances(at_first), (
+            f"Optuna's importance (PED-ANOVA): do the better trials have other values than all of them? {n} trials, "
+            f"compared at epoch {epoch:g}, which all have trained. {weak}A small share means: not shown to matter, "
+            "which is not the same as does not matter. And what matters at an early epoch need not at the last.")))
+    parts, script = [], True
+    for title, figure, words in made:
+        figure.update_layout(title=None, height=420, margin={"l": 70, "r": 20, "t": 40, "b": 40})
+        chart = figure.to_html(full_html=False, include_plotlyjs=script, config={"displayModeBar": False})
+        parts += [f"<h2>{title}</h2><div class=chart>{chart}</div>", f"<p>{words}</p>" if words else ""]
+        script = False
+    return "\n".join(parts) or "<p>No trial has reported a loss.</p>"
 
 
 REPORT_STYLE = """
@@ -340,7 +211,7 @@ table{border-collapse:collapse;margin:.6em 0}th,td{border:1px solid #999;padding
 th{background:#eee}td{font-variant-numeric:tabular-nums;overflow-wrap:break-word;max-width:22em}
 figure{margin:1.2em 0}figure img{width:100%;max-width:900px}.wide{overflow-x:auto}
 @media print{body{font-size:10pt;max-width:none;margin:0}h2{break-after:avoid}
-figure,tr,#parallel{break-inside:avoid}#parallel{zoom:.6}}"""
+figure,tr,.chart{break-inside:avoid}.chart{zoom:.7}}"""
 
 
 def table(header, rows):
@@ -352,31 +223,13 @@ def table(header, rows):
 
 
 def body(run, images):
-    """What report.html shows below the tables, as HTML: pictures, parallel coordinates, what mattered."""
-    body = ["<h2>Pictures</h2>"]
+    """What report.html shows below the tables, as HTML: pictures and charts."""
+    parts = ["<h2>Pictures</h2>"]
     for path, caption in images:
         data, text = base64.b64encode(path.read_bytes()).decode(), html.escape(caption)
-        body.append(f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
-                    f"<figcaption>{text}</figcaption></figure>")
-    chart = parallel_coordinates(run) or "<p>No trial has reported a loss.</p>"
-    body += ["<h2>Parallel coordinates</h2>", chart, "<h2>Which hyperparameter mattered</h2>"]
-    rows, n, epoch = what_mattered(run)
-    if not rows:
-        return "\n".join([*body, "<p>Fewer than five trials with different losses: too few to tell.</p>"])
-    header = ["Hyperparameter", "Values: Median Eval Loss (Trials)", "Share Explained", "By Chance", "p"]
-    shown = [[TITLES.get(name, name),
-              "; ".join(f"{values}: {loss:.4g} ({count})" for values, count, loss in groups),
-              f"{100 * share:.0f} %", f"{100 * chance:.0f} %", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
-             for name, groups, share, chance, p in rows]
-    weak = f"{n} trials are weak evidence. " if n < 50 else ""
-    body += [table(header, shown), (
-        f"<p>Each hyperparameter on its own, {n} trials, all compared at epoch {epoch:g}, which all have "
-        "trained. Share Explained: how much of the variance of the losses' ranks lies between the groups. By "
-        "Chance: the average share for so many groups if the hyperparameter does nothing. p: how often "
-        "chance gives as much, in 2,000 shuffles of the losses (a permutation test).</p>"
-        f"<p>{weak}A p above 0.05 means: not shown to matter, which is not the same as does not matter. And "
-        "what matters at an early epoch need not matter at the last.</p>")]
-    return "\n".join(body)
+        parts.append(f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
+                     f"<figcaption>{text}</figcaption></figure>")
+    return "\n".join([*parts, charts(run)])
 
 
 def page(run, tables, body):

@@ -377,6 +377,13 @@ def draw(run, folder, ends_now):
     print(f"pictures and report: {folder}/report.html")
 
 
+def write_study(run, path):
+    """Writes a run as an Optuna study."""
+    import as_study  # here, since the tables need no package
+
+    as_study.write(run, path)
+
+
 def options():
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -392,6 +399,8 @@ def options():
     add("--json", metavar="FILE", help="write everything: a list of runs")
     add("--plots", metavar="DIR", type=Path,
         help="write pictures (PNG) and report.html; with several inputs into DIR/<job>")
+    add("--study", metavar="FILE", type=Path,
+        help="write an Optuna study (SQLite), such as study.db, for optuna-dashboard; one input")
     add("--compare", action="store_true",
         help="print the cost table: the first input is the manual grid, the others are searches")
     add("--finish-now", action="store_true",
@@ -400,6 +409,8 @@ def options():
     a = parser.parse_args()
     if a.compare and len(a.inputs) < 2:
         parser.error("--compare needs the manual grid and at least one search")
+    if a.study and len(a.inputs) > 1:
+        parser.error("--study takes one input")
     if a.finish_now and (len(a.inputs) > 1 or a.compare):
         parser.error("--finish-now takes one input, the job's own log, and not --compare")
     if a.exit_status is not None and not a.finish_now:
@@ -429,6 +440,8 @@ def main():
         write_files(a, runs)  # before the pictures, which take seconds: a job may be at its time limit
         for run in runs if a.plots else []:
             draw(run, a.plots / re.sub(r"[^\w.-]", "_", run.job) if len(runs) > 1 else a.plots, a.finish_now)
+        if a.study:
+            write_study(runs[0], a.study)
         if a.plots and a.finish_now:
             write_files(a, runs)
     except OSError as error:
@@ -436,7 +449,7 @@ def main():
               file=sys.stderr)
         status = 2
     except ImportError as error:
-        print(f"ERROR: --plots needs the package {error.name}; run: bash scripts/setup_env.sh",
+        print(f"ERROR: --plots and --study need the package {error.name}; run: bash scripts/setup_env.sh",
               file=sys.stderr)
         status = 2
     if a.compare:
