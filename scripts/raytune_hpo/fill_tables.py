@@ -184,7 +184,7 @@ def figures(run):
         so_far, saving = ("", f", {saved:.0f} % saved") if done else (" so far", "")
         lines.append(f"Epochs trained{so_far}: {s['epochs_trained']} of {s['epochs_full_grid']} "
                      f"({s['trials']} trials x {s['max_t']} epochs){saving}.")
-        if s["epochs_full_grid"] <= 200_000:
+        if s["epochs_full_grid"] <= 200_000 and any(t.status == "stopped by ASHA" for t in run.trials.values()):
             low, high = expected_epochs(s["trials"], s["max_t"], k)
             lines.append(f"Expected of a whole run with these settings: {low} to {high} epochs in nine of "
                          f"ten runs (simulated ASHA, random losses, {k} at once). "

@@ -30,6 +30,7 @@ def improve(plan):
     columns = {"training_iteration": "iter", "time_total_s": "total time (s)", "eval_loss": "eval_loss"}
     plan.run_config.progress_reporter = FinalTable(
         metric_columns=columns,
+        parameter_columns=[f"train_loop_config/{name}" for name in plan.param_space["train_loop_config"]],
         max_column_length=40,
         max_progress_rows=plan.context.s.NUM_SAMPLES,
         max_error_rows=0,

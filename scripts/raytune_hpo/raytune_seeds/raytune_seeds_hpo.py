@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Was it luck? Trains the best configurations of a search again, each with several seeds, and compares them.
+
+The trials run on the slots of a cluster like those of a search, but none is stopped early. A seed changes the
+order of the training questions; the questions themselves are those of the search.
+
+    cd experiments/raytune/scheduler/asha
+    export SEARCH_SCRIPT=../../../../scripts/raytune_hpo/raytune_seeds/raytune_seeds_hpo.py
+    REPEAT=runs/12345 SEEDS=3 NUM_SAMPLES=9 sbatch head_node_raytune_asha_hpo.slurm   # the best three
+
+Further variables: REPEAT, the run folder of the search; SEEDS, how many (default 3): SEED, SEED + 1, ...
+NUM_SAMPLES / SEEDS is the number of configurations. All else must be as it was in that search.
+"""
+
+import json
+import math
+import os
+import statistics
+import sys
+from pathlib import Path
+
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "raytune_asha_scheduler"))
+import raytune_asha_hpo as lesson
+
+SAME = ("MODEL_NAME", "SQUAD_DATA", "TRAIN_SAMPLES", "EVAL_SAMPLES", "CHAT_TEMPLATE", "NUM_EPOCHS",
+        "WORKERS_PER_TRIAL", "PRECISION", "SEED")  # what a loss depends on, beside the hyperparameters
+
+
+def improve(plan):
+    """Changes the lesson's plan of a search: no draws, no early stopping."""
+    s = plan.context.s
+    best, seeds = asked(s)
+    trials = [config | {"seed": s.SEED + i} for _, config in best for i in range(seeds)]
+    plan.param_space["train_loop_config"]["seed"] = tune.randint(0, 2**31)
+    points = [{"train_loop_config": config} for config in trials]
+    plan.tune_config.search_alg = BasicVariantGenerator(points_to_evaluate=points)  # in place of draws
+    plan.tune_config.scheduler = FIFOScheduler()
+
+
+# ---- What is trained again ---------------------------------------------------------------------------------
+def asked(s):
+    """([(loss, configuration)] of the best trials of REPEAT, number of seeds). Ends the script on bad input."""
+    text, given = os.environ.get("SEEDS", "3"), os.environ.get("REPEAT", "")
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        sys.exit(f"ERROR: SEEDS={text!r}: set a whole number from 1 to 1000")
+    seeds, folder = int(text), Path(given)
+    if s.NUM_SAMPLES % seeds:
+        sys.exit(f"ERROR: NUM_SAMPLES='{s.NUM_SAMPLES}': set a multiple of SEEDS={seeds}, such as {3 * seeds}")
+    try:
+        saved = dict(json.loads((folder / "settings.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        sys.exit(f"ERROR: REPEAT={given!r}: not the run folder of a search; set one such as runs/12345")
+    for name in SAME:
+        default, read, _ = lesson.VARIABLES[name]
+        if (then := read(saved.get(name, default))) != getattr(s, name):
+            sys.exit(f"ERROR: {name}={str(getattr(s, name))!r}: the search in {given} had {str(then)!r}; set that")
+    found = lowest_losses(folder)
+    if len(found) < s.NUM_SAMPLES // seeds:
+        why = f"{given} has {len(found)} trials with a loss; set at most {len(found) * seeds}"
+        sys.exit(f"ERROR: NUM_SAMPLES='{s.NUM_SAMPLES}': {why}")
+    return found[: s.NUM_SAMPLES // seeds], seeds
+
+
+def lowest_losses(folder):
+    """[(lowest finite eval_loss of a trial, its configuration)], the lowest first."""
+    found = []
+    for path in folder.glob("tune/*/result.json"):
+        reports = [json.loads(line) for line in path.read_text().splitlines()]
+        losses = [report["eval_loss"] for report in reports if math.isfinite(report["eval_loss"])]
+        if losses:
+            found.append((min(losses), reports[0]["config"]["train_loop_config"]))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+# ---- What it shows -----------------------------------------------------------------------------------------
+def compare(best, seeds, again):
+    """Lines: each configuration with its losses; does the order hold, and is the lead larger than chance?
+
+    best: [(loss in the search, configuration)]; again: [(loss, configuration with its seed)].
+    """
+    losses = [[x for x, other in again if other == config | {"seed": other["seed"]}] for _, config in best]
+    means = [statistics.mean(each) for each in losses]
+    spreads = [statistics.stdev(each) if seeds > 1 else math.nan for each in losses]
+    yield f"{len(best)} configuration(s), {seeds} seed(s) each; lowest eval_loss:"
+    yield "in the search  mean     spread   lowest   highest"
+    for (loss, config), mean, spread, each in zip(best, means, spreads, losses, strict=True):
+        drawn = " ".join(f"{name}={x:.3g}" if isinstance(x, float) else f"{name}={x}" for name, x in config.items())
+        yield f"{loss:<13.5f}  {mean:<7.5f}  {spread:<7.5f}  {min(each):<7.5f}  {max(each):<7.5f}  {drawn}"
+    if len(best) > 1:
+        order = sorted(range(len(best)), key=means.__getitem__)
+        ranks = ", ".join(str(1 + i) for i in order)
+        yield f"order by the mean: {ranks}{' as in the search' if order == sorted(order) else ', not as in the search'}"
+        lead, spread = means[order[1]] - means[order[0]], max(spreads[order[0]], spreads[order[1]])
+        if seeds > 1:
+            than = "more" if lead > spread else "less"
+            yield f"the first two means are {lead:.5f} apart, {than} than a change of the seed makes ({spread:.5f})"
+
+
+def main():
+    chosen = asked(lesson.read_settings(os.environ))
+    lesson.main()
+    run_dir = Path(sys.argv[sys.argv.index("--run-dir") + 1])
+    for line in compare(*chosen, lowest_losses(run_dir)):
+        lesson.say(f"seeds: {line}")
+
+
+if __name__ == "__main__":
+    lesson.__doc__, lesson.NEIGHBOURS = __doc__, ["raytune_seeds_hpo", "fast_trials", "run_state", "trial_log"]
+    main()
