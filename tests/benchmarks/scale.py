@@ -59,10 +59,10 @@ def course_of_cheap_trials(folder, at_once, seconds=0):
     course = copy_of_the_course(folder)
     tools = course.parents[3] / "scripts/raytune_hpo"
     (tools / "raytune_asha_scheduler/fast_trials.py").write_text(CHEAP_TRIALS.replace("SECONDS", str(seconds)))
-    line = "    # Tune runs as many trials at once as there are trial_slots.\n"
+    line = '    say "this node: $NODE, $SLOTS trial(s) at once"\n'
     text = (tools / "ray_job.sh").read_text()
     assert text.count(line) == 1
-    (tools / "ray_job.sh").write_text(text.replace(line, f"    SLOTS={at_once}\n"))
+    (tools / "ray_job.sh").write_text(text.replace(line, f"    SLOTS={at_once}\n{line}"))
     return course
 
 
