@@ -15,6 +15,7 @@ import textwrap
 from pathlib import Path
 
 import as_study
+import compare_runs
 import draw_report
 import fill_tables
 import optuna
@@ -618,9 +619,96 @@ def test_a_resumed_grid_keeps_its_ids(read):
     assert found["Table 2"][1]["Eval Loss"] == "0.5"
 
 
-def test_compare_wants_the_manual_grid_first():
-    answer = fill("--compare", LOGS / "complete.out", LOGS / "complete.out")
-    assert answer.returncode == 2 and "has no RESULT line" in answer.stderr and not answer.stdout
+def search(job, *settings, minutes=5, slots=2):
+    """The log of a search on GPUs with other settings, one trial of which has two epochs."""
+    text = SETTINGS
+    for name, value in zip(settings[::2], settings[1::2]):
+        text = re.sub(rf"({name} +)\S+", rf"\g<1>{value}", text)
+    name = ROWS[0][0]
+    return log_of(f"10:05:00 head n1 | worker 1/1 joined: job 2 on w1, 20 CPUs, 8 GPUs, {slots} trial(s) at once",
+                  f"10:05:10 search | cluster: {slots} trial(s) at once, 2 workers each, on GPUs",
+                  f"10:0{minutes}:20 search | {name}  started    lr 0.001  per_device_bs 1  wd 0",
+                  f"10:0{minutes}:50 search | {name}  epoch 1/5  eval_loss 3.00000",
+                  f"10:1{minutes}:00 search | {name}  epoch 2/5  eval_loss 1.50000",
+                  "10:25:00 head n1 | worker job 2 held its node for 1260 s, by Slurm's record",
+                  settings=text, job=job)  # fmt: skip
+
+
+def test_searches_are_compared_with_the_first_and_their_settings_that_differ_are_named(tmp_path):
+    logs = [search("1"), search("2", "SEED", "7"), search("3", "NUM_SAMPLES", "4", slots=4)]
+    copies = "10:14:00 search | TorchTrainer_ab_00001  copies     TorchTrainer_ab_00000 as it was after epoch 1"
+    logs[2] = logs[2].replace("10:15:00 search", f"{copies}\n10:15:00 search")
+    for job, log in enumerate(logs, start=1):
+        (tmp_path / f"{job}.out").write_text(log)
+    answer = fill("--compare", *sorted(tmp_path.glob("*.out")))
+    found, text = tables(answer.stdout), answer.stdout
+    assert answer.returncode == 0 and not answer.stderr
+    assert [row["run type"] for row in found["Cost"]] == ["Ray Tune ASHA 1", "Ray Tune ASHA 2", "Ray Tune PBT 3"]
+    assert {row["cost ratio to the first"] for row in found["Cost"]} == {"1", "1.00"}
+    assert "Same model, data, samples, epochs, and workers: the runs are comparable." in text
+    assert found["Settings that differ"] == [
+        {"run": "Ray Tune ASHA 1", "NUM_SAMPLES": "3", "SEED": "42", "trials at once": "2"},
+        {"run": "Ray Tune ASHA 2", "NUM_SAMPLES": "3", "SEED": "7", "trials at once": "2"},
+        {"run": "Ray Tune PBT 3", "NUM_SAMPLES": "4", "SEED": "42", "trials at once": "4"}]
+    assert "The other 7 settings are the same." in text
+    (tmp_path / "3.out").write_text(search("3", "SQUAD_DATA", "mine"))
+    text = fill("--compare", tmp_path / "1.out", tmp_path / "3.out").stdout
+    assert "NOT COMPARABLE: SQUAD_DATA is rajpurkar/squad in 1 and mine in 3." in text and "are comparable" not in text
+    text = fill("--compare", tmp_path / "1.out", tmp_path / "1.out").stdout
+    assert "None: with the same settings, runs differ by chance alone." in text
+
+
+def test_a_grid_does_not_differ_by_what_only_searches_have(tmp_path):
+    grid = manual_log(*GRID, settings=SETTINGS.replace("  NUM_SAMPLES        3\n", ""), gpus=2)
+    _, text = compare(tmp_path, grid, search("77", "EVAL_SAMPLES", "50"))
+    shown = tables(text)["Settings that differ"]
+    assert [list(row.values()) for row in shown] == [["manual grid 5", "100", "1"], ["Ray Tune ASHA 77", "50", "2"]]
+    assert "NOT COMPARABLE: EVAL_SAMPLES" in text and "cost ratio Ray/manual" in text
+
+
+def test_the_curve_of_a_run_has_the_time_and_the_cost_of_each_lower_loss():
+    run = read_run.parse(LOGS / "complete.out")
+    curve = compare_runs.lowest_so_far(run)
+    assert curve[0] == (42, 2.10908) and curve[-1] == (333, 0.32173)  # START is 02:15:55
+    assert [loss for _, loss in curve] == sorted((loss for _, loss in curve), reverse=True)
+    _, held = compare_runs.holdings(run)
+    assert compare_runs.minutes(held) == compare_runs.totals(run)["allocated_min"] == pytest.approx(464 / 60)
+    assert compare_runs.minutes(held, 5) == 0 and compare_runs.minutes(held, 70) == 1  # "cluster:" is at 10 s
+
+
+def test_a_node_costs_from_the_start_of_its_job(tmp_path):
+    (tmp_path / "a.out").write_text(search("1"))
+    run = read_run.parse(tmp_path / "a.out")
+    assert compare_runs.lowest_so_far(run) == [(350, 3.0), (900, 1.5)]
+    unit, held = compare_runs.holdings(run)  # 1260 s until FINISH at 1500 s: from 240 s, though it joined at 300 s
+    assert (unit, held) == ("GPU", [(240, 1500, 8)]) and compare_runs.totals(run)["allocated_min"] == 168
+    assert compare_runs.minutes(held, 240) == 0 and compare_runs.minutes(held, 900) == 88
+
+
+def test_the_curve_of_a_grid_without_a_clock_is_that_of_its_runtimes(tmp_path):
+    (tmp_path / "grid.csv").write_text(f"{GRID_CSV}\n1e-05,1,0.0,1.5,5,60.0\n2e-05,1,0.0,1.25,4,60.0\n")
+    assert compare_runs.lowest_so_far(read_run.parse(tmp_path / "grid.csv")) == [(60, 1.5), (120, 1.25)]
+    lines = [f"10:0{k}:00 manual | lr=1e-05 per_device_bs=1 wd=0.0  epoch {k}/5  eval_loss {3 - k}" for k in (1, 2)]
+    (tmp_path / "grid.out").write_text(manual_log(*lines, GRID[0]))
+    assert compare_runs.lowest_so_far(read_run.parse(tmp_path / "grid.out")) == [(60, 2.0), (120, 1.0)]
+
+
+def test_the_picture_of_several_runs(tmp_path):
+    from matplotlib.image import imread
+
+    (tmp_path / "none.out").write_text(log_of(boxed(HEADER, ROWS), job="8"))
+    (tmp_path / "grid.out").write_text(manual_log(*GRID))
+    for job in range(8):
+        (tmp_path / f"{job}.out").write_text(search(str(job), "SEED", str(job), minutes=job))
+    answer = fill("--compare", "--plots", tmp_path / "plots", *sorted(tmp_path.glob("*.out")), LOGS / "complete.out")
+    assert answer.returncode == 0 and len(tables(answer.stdout)["Cost"]) == 11
+    assert answer.stderr == f"{tmp_path}/none.out: has no times of reports, so it is not in the picture\n"
+    image = imread(tmp_path / "plots/compare.png")[..., :3]
+    assert image.shape[1] == 1400 and 700 < image.shape[0] < 1200  # 7 inches at 200 dpi
+    assert image[:, :700].std() > 0.05 and image[:, 700:].std() > 0.05, "a panel is blank"
+    assert abs(image - image.mean(axis=2, keepdims=True)).max() < 0.02, "it needs colour"
+    assert (image[:, -4:] > 0.98).all() and (image[:, :4] > 0.98).all(), "something is cut off"
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["compare.png"]
 
 
 # ---- Pictures and report -----------------------------------------------------------------------------------

@@ -1,22 +1,23 @@
 #!/usr/bin/env python3
-"""Fills the exercise's tables from the log of a search; also draws pictures and compares costs.
+"""Fills the exercise's tables from the log of a search; also draws pictures, compares runs, watches one.
 
     cd experiments/raytune/scheduler/asha
     python ../../../../scripts/raytune_hpo/fill_tables.py logs/ray_head_bloom_5epochs-12345.out
     python ../../../../scripts/raytune_hpo/fill_tables.py --csv trials.csv --plots pictures runs/12345
-    python ../../../../scripts/raytune_hpo/fill_tables.py --compare MANUAL_LOG HEAD_LOG ...
+    python ../../../../scripts/raytune_hpo/fill_tables.py --compare --plots pictures MANUAL_LOG HEAD_LOG ...
+    python ../../../../scripts/raytune_hpo/fill_tables.py --watch logs/ray_head_bloom_5epochs-12345.out
 
 An input is the log of a head job (running, cancelled or complete), its run folder, or the log of the manual
 grid. The log is enough; from a run folder the values have all their digits. The tables need only the standard
-library, --plots needs matplotlib and plotly. read_run.py reads the input, draw_report.py makes the pictures
-and the report.
+library, --plots needs matplotlib and plotly, --watch needs rich. read_run.py reads the input, draw_report.py
+makes the pictures and the report, compare_runs.py sets runs side by side, watch_log.py follows a running job.
 
 A head job runs it before it writes its own FINISH line, with --finish-now --exit-status N. The log is read
 once. Each file is written in one step, first before the pictures are drawn and again after them, with the
 later time as the job's FINISH.
 
 Exit status: 0, or 2 if an input is not such a log or a file cannot be written. One line says which and why;
-the other inputs are still read.
+the other inputs are still read. --watch: 130 after Ctrl-C.
 """
 
 import argparse
@@ -34,11 +35,9 @@ import sys
 from bisect import insort
 from pathlib import Path
 
+import compare_runs
+from compare_runs import hms, totals
 from read_run import TITLES, NotALog, finish_now, further_names, parse, show, trials_at_once
-
-SAME_TO_COMPARE = ("MODEL_NAME", "SQUAD_DATA", "TRAIN_SAMPLES", "EVAL_SAMPLES", "NUM_EPOCHS", "SEED",
-                   "WORKERS_PER_TRIAL")
-
 
 COLUMNS = ["Combo ID", *TITLES.values(), "Eval Loss", "Runtime (s)"]  # of a trial
 BEST_COLUMNS = [*(f"Best {name}" for name in (*TITLES.values(), "Eval Loss")), "Total Runtime (s)", "Epochs"]
@@ -83,43 +82,9 @@ def expected_epochs(n, max_t, in_flight, seed=0):
     return totals[round(0.05 * (len(totals) - 1))], totals[round(0.95 * (len(totals) - 1))]
 
 
-def totals(run):
-    """Sums over a run as a dict; minutes of `unit` (GPU, or slot: a place for one trial, on CPUs)."""
-    trials = list(run.trials.values())
-    runtimes = [trial.seconds(run.now) for trial in trials]
-    each = run.number("WORKERS_PER_TRIAL", 2) * run.number("GPUS_PER_WORKER", 1) if run.on_gpus else 1
-    if run.manual:
-        unit, amount = ("GPU", run.manual_gpus) if run.manual_gpus else ("slot", 1)
-        # a resumed grid counts its earlier jobs' runtimes
-        allocated = max(run.now, sum(filter(None, runtimes))) * amount
-        each = amount
-    elif run.nodes:
-        unit = "GPU" if run.on_gpus else "slot"
-        amount = sum(gpus if run.on_gpus else slots for _, gpus, slots, _ in run.nodes)
-        allocated = sum(run.held.get(job, run.now - joined) * (gpus if run.on_gpus else slots)
-                        for joined, gpus, slots, job in run.nodes)
-    else:
-        unit, amount = "GPU" if run.on_gpus else "slot", (run.slots or 0) * each
-        allocated = (run.now - run.cluster_at) * amount
-    busy = sum(filter(None, runtimes)) * each
-    n = max(0 if run.manual else run.number("NUM_SAMPLES", 0), len(trials))
-    max_t = run.number("NUM_EPOCHS", max((t.epochs for t in trials), default=0))
-    return {
-        "sum_of_runtimes_s": sum(filter(None, runtimes)),
-        "epochs_trained": sum(trial.epochs for trial in trials), "epochs_full_grid": n * max_t,
-        "trials": n, "max_t": max_t, "unit": unit, "units": amount,
-        "allocated_min": allocated / 60, "busy_min": busy / 60, "idle_min": max(0, allocated - busy) / 60,
-    }
-
-
 # ============================================================================================================
 # Tables: lists of (title, header, rows, lines below), for Markdown and HTML alike
 # ============================================================================================================
-def hms(seconds):
-    """Seconds as h:mm:ss."""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
 def sections(run):
     """The three tables and the figures of a run."""
     trials, extra = list(run.trials.values()), further_names([run])
@@ -280,53 +245,6 @@ def run_rows(runs):
                *map(best["params"].get, TITLES), *map(best.get, ("eval_loss", "time_total_s", "epoch"))]
 
 
-def comparison(manual, others):
-    """The cost table of a manual grid and searches, and below it what makes them not comparable."""
-    rows, below = [], []
-    base = totals(manual)
-    for run in (manual, *others):
-        s = totals(run)
-        known = s["units"] and (run is not manual or run.manual_gpus is not None)
-        seconds = max(run.now, s["sum_of_runtimes_s"]) if run.manual else run.now
-        amount, minutes = f"{s['units']:g}", f"{s['allocated_min']:.1f}"
-        ratio = "1" if run is manual else "-"
-        if s["unit"] != "GPU":
-            amount, minutes = f"0 ({amount} slot(s) on CPUs)", f"{minutes} slot-minutes"
-        if not known:
-            amount = minutes = "-"
-        elif s["unit"] == base["unit"] and base["allocated_min"] and manual.manual_gpus is not None:
-            ratio = ratio if run is manual else f"{s['allocated_min'] / base['allocated_min']:.2f}"
-        rows.append([f"{'manual grid' if run.manual else 'Ray Tune ASHA'} {run.job}",
-                     show(run.best and run.best["eval_loss"]), hms(seconds), amount, minutes, ratio])
-        if run.manual and s["sum_of_runtimes_s"] > run.now > 0:
-            below.append(f"{run.job}: the grid was resumed; its runtime is the sum of its trials' runtimes.")
-        if run.state().startswith("partial"):
-            below.append(f"{run.job}: {run.state()}; its cost is not that of a whole run.")
-    for run in others:
-        if not (run.settings and manual.settings):
-            below.append(f"Cannot tell whether {run.job} and {manual.job} are comparable: no settings.")
-            continue
-        for name in SAME_TO_COMPARE:
-            ours, theirs = (r.settings.get(name, "not given") for r in (manual, run))
-            if ours != theirs:
-                below.append(f"NOT COMPARABLE: {name} is {ours} in {manual.job} and {theirs} in {run.job}.")
-        ours, theirs = (" and ".join(sorted(r.precisions)) for r in (manual, run))
-        if ours and theirs and ours != theirs:
-            below.append(f"NOT COMPARABLE: the precision is {ours} in {manual.job} and {theirs} in {run.job}.")
-        if totals(run)["unit"] != base["unit"]:
-            below.append(f"NOT COMPARABLE: {manual.job} and {run.job} did not both run on GPUs.")
-        if len(run.trials) != len(manual.trials):
-            n, trials = len(manual.trials), len(run.trials)
-            below.append(f"{manual.job} has {n} combinations, {run.job} has {trials} trials.")
-    if not any(line.startswith(("NOT", "Cannot")) for line in below):
-        last = "workers and precision" if all(run.precisions for run in (manual, *others)) else "and workers"
-        below.append(f"Same model, data, samples, epochs, seed, {last}: the runs are comparable.")
-    below.append("eval loss: the lowest of all epochs. runtime: from START to FINISH. "
-                 "GPU-minutes: allocated ones, idle or not.")
-    header = ["run type", "eval loss", "runtime", "number of GPUs", "GPU-minutes", "cost ratio Ray/manual"]
-    return ("Cost", header, rows, below)
-
-
 # ============================================================================================================
 # Main
 # ============================================================================================================
@@ -384,6 +302,14 @@ def write_study(run, path):
     as_study.write(run, path)
 
 
+def draw_comparison(runs, folder):
+    """Writes compare.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for run in compare_runs.picture(runs, folder / "compare.png"):
+        print(f"{run.source}: has no times of reports, so it is not in the picture", file=sys.stderr)
+    print(f"picture: {folder}/compare.png\n")
+
+
 def options():
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -402,13 +328,17 @@ def options():
     add("--study", metavar="FILE", type=Path,
         help="write an Optuna study (SQLite), such as study.db, for optuna-dashboard; one input")
     add("--compare", action="store_true",
-        help="print the cost table: the first input is the manual grid, the others are searches")
+        help="print what the runs cost, against the first (the manual grid, say), and which settings differ; "
+             "with --plots DIR, draw their best loss over time and cost: DIR/compare.png")
+    add("--watch", action="store_true", help="show the trials of a running job until it ends; Ctrl-C stops it")
     add("--finish-now", action="store_true",
         help="for a job that is about to end: the current time is its FINISH, whatever its log says")
     add("--exit-status", metavar="N", type=int, help="with --finish-now: the job's exit status (default 0)")
     a = parser.parse_args()
+    if a.watch and (len(a.inputs) > 1 or any(v for k, v in vars(a).items() if k not in ("inputs", "watch"))):
+        parser.error("--watch takes one log or run folder and no other option")
     if a.compare and len(a.inputs) < 2:
-        parser.error("--compare needs the manual grid and at least one search")
+        parser.error("--compare needs two runs or more")
     if a.study and len(a.inputs) > 1:
         parser.error("--study takes one input")
     if a.finish_now and (len(a.inputs) > 1 or a.compare):
@@ -423,6 +353,13 @@ def main():
     a = options()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" is no error
     sys.stdout.reconfigure(errors="replace")
+    if a.watch:
+        try:
+            from watch_log import watch
+        except ImportError as error:
+            print(f"ERROR: --watch needs the package {error.name}; run: bash scripts/setup_env.sh", file=sys.stderr)
+            return 2
+        return watch(a.inputs[0])
     runs, status = [], 0
     for text in a.inputs:
         try:
@@ -432,13 +369,11 @@ def main():
             status = 2
     if not runs or (a.compare and status):
         return status
-    if a.compare and not runs[0].manual:
-        print(f"ERROR: {a.inputs[0]}: has no RESULT line; "
-              "--compare wants the log or CSV of the manual grid first", file=sys.stderr)
-        return 2
     try:
         write_files(a, runs)  # before the pictures, which take seconds: a job may be at its time limit
-        for run in runs if a.plots else []:
+        if a.plots and a.compare:
+            draw_comparison(runs, a.plots)
+        for run in runs if a.plots and not a.compare else []:
             draw(run, a.plots / re.sub(r"[^\w.-]", "_", run.job) if len(runs) > 1 else a.plots, a.finish_now)
         if a.study:
             write_study(runs[0], a.study)
@@ -453,7 +388,7 @@ def main():
               file=sys.stderr)
         status = 2
     if a.compare:
-        print(markdown([comparison(runs[0], runs[1:])]))
+        print(markdown([compare_runs.comparison(runs), compare_runs.differences(runs)]))
     elif not a.tables:
         print(all_tables(a, runs))
     return status

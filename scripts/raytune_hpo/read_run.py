@@ -37,6 +37,7 @@ CLUSTER = re.compile(r"cluster: (\d{1,9}(?:\.\d+)?) trial\(s\) at once, (\d+) wo
 RAY_NOW = re.compile(r"Current time: (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)")  # Ray's lines above its tables
 RAY_RUNNING = re.compile(r"(?:Number of trials|Trial status): .*?\b(\d{1,9}) RUNNING")
 RAY_GPUS = re.compile(r"Logical resource usage: .*, (\d{1,9}(?:\.\d+)?)/\S+ GPUs")
+SCHEDULER = re.compile(r"\S+  (?:stopped    by (.+?) after|copies  )")  # only PBT's trials copy one another
 DONE_BEFORE = re.compile(r"(lr=\S+ per_device_bs=\S+ wd=\S+) is in \S+ already$")
 FOLDER_OF_RAY = re.compile(r"(.+_\d{5,})_\d+_.+")  # of a trial: its name, and what Ray puts after it
 SETTING = re.compile(r"  ([A-Z][A-Z0-9_]*) +(\S.*)?$")
@@ -63,6 +64,7 @@ class Trial:
     last: float = None  # eval_loss of the boxed table
     epochs: int = 0
     at: dict = field(default_factory=dict)  # epoch -> s from the trial's start to its report
+    moments: dict = field(default_factory=dict)  # epoch -> s from START to its report, by the log's clock
     id: str = ""  # the course's Combo ID, from 1
 
     def finite(self):
@@ -103,6 +105,7 @@ class Run:
     running: int = 0  # the most trials that a line of Ray's counts as running
     manual_gpus: int = None  # of the line "GPUs:" of a manual grid
     manual: bool = False
+    scheduler: str = "ASHA"
     exit_status: int = 0
     has_table: bool = False
     notes: list = field(default_factory=list)
@@ -287,6 +290,7 @@ def read_event(run, name, what, rest, second):
             trial.reports.append((epoch, float(number_or(value_of(report[2]), math.nan))))
             trial.epochs = max(trial.epochs, round(epoch))
             trial.at[epoch] = None if trial.start is None else second - trial.start
+            trial.moments[epoch] = second
     elif what == "lost":
         trial.start, trial.status = None, "pending"
     else:
@@ -296,6 +300,7 @@ def read_event(run, name, what, rest, second):
             epoch = re.search(r"epoch (\d{1,9})$", rest)
             trial.epochs = int(epoch[1]) if epoch else run.number("NUM_EPOCHS", 0)
             trial.reports = [(float(trial.epochs), float(number_or(values.pop("eval_loss"), math.nan)))]
+            trial.moments = {float(trial.epochs): second}
             trial.runtime = finite_or_none(values.pop("seconds", None))
             trial.params |= values
         trial.end = second
@@ -395,6 +400,8 @@ def read_log(path):
                 run.precisions.add(precision[1])
             in_settings = "settings" in text and text.rstrip().endswith(":")
             if role in ("search", "manual"):
+                if told := SCHEDULER.match(text):
+                    run.scheduler = told[1] or "PBT"
                 if event := EVENT.match(text):
                     name = combination(run, assignments(event[1])).name if role == "manual" else event[1]
                     read_event(run, name, event[2], event[3], run.now)
