@@ -105,15 +105,9 @@ def test_quoted_trees_exist():
             parents.append(path)
 
 
-def test_paths_that_the_course_names_exist():
-    """Also its other path to the logs. Slurm starts no job whose log folder is missing."""
-    for name in (
-        "scripts/raytune_hpo/raytune_asha_scheduler/raytune_asha_hpo.py",
-        "experiments/raytune/scheduler/asha/head_node_raytune_asha_hpo.slurm",
-        "experiments/raytune/scheduler/asha/worker_node_raytune_asha_hpo.slurm",
-        "experiments/raytune/scheduler/asha/logs/.gitkeep",
-    ):
-        assert REPO / name in files()
+def test_the_courses_paths_to_the_logs_exist():
+    """Slurm starts no job whose log folder is missing. That of the files: links in the exercise."""
+    assert EXERCISE / "logs/.gitkeep" in files()
     assert (REPO / "experiments/raytune_hpo/raytune_asha_scheduler/logs").samefile(EXERCISE / "logs")
 
 
@@ -235,27 +229,25 @@ def test_the_table_of_variables_is_that_of_the_code(hpo):
     assert table(README, "variable") == [[name, entry[0], entry[-1]] for name, entry in hpo.VARIABLES.items()]
 
 
+KEPT_LOG = (EXERCISE / "pictures/quickstart.out").read_text().replace("/home/student/course/", "")
+
+
 def test_the_worked_example_follows_the_rule():
     """A trial is stopped at a rung if its loss is above the median of those recorded there before it."""
-    recorded, rows = {1: [], 2: [], 4: []}, table(EXERCISE_README, "trial")
-    ends = []
-    for trial, *cells, verdict in rows:
-        end = 5
-        for rung, cell in zip(recorded, cells, strict=True):
-            if end < 5:
-                assert cell == "", f"trial {trial} was stopped before epoch {rung}"
-                continue
-            loss, median = re.fullmatch(r"(\d\.\d{3}) \((\d\.\d{3}|none)\)", cell).groups()
-            if recorded[rung]:
-                before = statistics.median(recorded[rung])
-                assert float(median) == pytest.approx(before, abs=0.0011), f"trial {trial}, epoch {rung}"
-                end = rung if float(loss) > before else end
-            else:
-                assert median == "none"
-            recorded[rung].append(float(loss))
-        assert verdict == ("to epoch 5" if end == 5 else f"stopped after epoch {end}"), f"trial {trial}"
-        ends.append(end)
-    assert f"{sum(ends)} epochs were trained instead of {5 * len(rows)}." in prose(EXERCISE_README)
+    kept = {(int(n), int(epoch)): float(loss)
+            for n, epoch, loss in re.findall(r"_(\d{5})  epoch (\d)/5  eval_loss (\S+)", KEPT_LOG)}  # fmt: skip
+    recorded, rows = {1: [], 2: [], 4: []}, []
+    for trial in range(12):
+        cells, end = [], 5
+        for rung, before in recorded.items():
+            loss = kept.get((trial, rung))
+            cells.append(loss and f"{loss:.3f} ({f'{statistics.median(before):.3f}' if before else 'none'})")
+            end = rung if loss and before and loss > statistics.median(before) else end
+            before += [loss] if loss else []
+        verdict = "to epoch 5" if end == 5 else f"stopped after epoch {end}"
+        rows.append([str(trial), *(cell or "" for cell in cells), verdict])
+    assert table(EXERCISE_README, "trial") == rows
+    assert f"{len(kept)} epochs were trained instead of {5 * len(rows)}." in prose(EXERCISE_README)
 
 
 def test_the_capacity_table_is_what_the_tool_computes():
@@ -277,10 +269,38 @@ def test_the_quoted_capacity_output_is_what_the_command_prints():
     assert quoted == run.stdout.splitlines()
 
 
-def test_a_quoted_log_is_an_excerpt_of_the_one_that_is_kept():
-    kept = (EXERCISE / "pictures/quickstart.out").read_text().splitlines()
-    (sample,) = [block for block in blocks(README, "text") if block[0].startswith("=====")]
-    for line in sample:
-        if line != "...":
-            assert line in kept, f"not in the log, or not in this order: {line}"
-            kept = kept[kept.index(line) + 1 :]
+def test_a_quoted_log_is_that_of_the_run_that_is_kept():
+    quoted = [line for page in (README, EXERCISE_README) for block in blocks(page, "text") for line in block]
+    lines = [line for line in quoted if re.match(r"=====|\d\d:\d\d:\d\d |\| TorchTrainer|{'eval_loss", line)]
+    assert len(lines) > 15 and not set(lines) - set(KEPT_LOG.splitlines())
+
+
+# ---- What each document holds ------------------------------------------------------------------------------
+def test_the_readme_is_a_page():
+    assert len(README.read_text().splitlines()) <= 200
+
+
+def test_the_exercise_holds_what_the_course_does():
+    """Columns and ids of its three tables, its launch, ASHA's arguments, the symbols, the two questions."""
+    text = EXERCISE_README.read_text()
+    trial = ["Learning Rate (lr)", "Batch Size (bs)", "Weight Decay (wd)", "Eval Loss"]
+    best = [*(f"Best {column}" for column in trial), "Total Runtime (s)", "Epochs"]
+    job = ["Job Start Time", "Job Finish Time", "Total Job Time"]
+    for columns in (job, ["Combo ID", *trial, "Runtime (s)"], best):
+        assert f"\n| {' | '.join(columns)} |\n" in text
+    assert [row[0] for row in table(EXERCISE_README, "Combo ID")] == [str(n) for n in range(1, 13)]
+    launch = 'LR_LOWER=1e-5 LR_UPPER=2e-4 BS_CHOICES="1 2" WD_CHOICES="0.0 0.01" sbatch head_node_raytune_asha'
+    assert launch in text.replace("\\\n", "")
+    arguments = ["metric", "mode", "grace_period", "max_t", "reduction_factor"]
+    assert [row[0] for row in table(EXERCISE_README, "argument")] == arguments
+    symbols = ["W", "Cw", "Gw", "Csys", "Tnode", "Cnode", "Gnode"]
+    assert [row[0] for row in table(EXERCISE_README, "symbol")] == symbols
+    assert all(name in text for name in THE_COURSES_OTHER_NAMES)
+    quiz = text.split("\n**Quiz ")[1:]
+    assert [re.findall(r"^- \[ \] ([A-D])\. \S", question, re.MULTILINE) for question in quiz] == [[*"ABCD"]] * 2
+
+
+def test_each_question_has_its_answer():
+    asked, answered = (set(re.findall(r"\*\*((?:Quiz |[RQ])\d+)\b", page.read_text()))
+                       for page in (EXERCISE_README, EXERCISE / "ANSWERS.md"))  # fmt: skip
+    assert len(asked) == 18 and asked == answered
