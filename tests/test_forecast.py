@@ -76,7 +76,7 @@ def lines(s, slots=4, Gw=1):
 
 def test_minutes_of_an_epoch_are_those_of_the_variable(search, monkeypatch):
     monkeypatch.setenv("MINUTES_PER_EPOCH", "2")
-    told = r"about [\d.]+ minutes and \d\.\d GPU-hours, at most 30.0 minutes and 4.0 GPU-hours, at 2 minutes an epoch .*"
+    told = r"about [\d.]+ minutes and \d\.\d GPU-hours, at most 30.0 minutes and 4.0 GPU-hours, at 2 minutes .*"
     assert re.fullmatch(told, lines(search()))
     assert "and 2.0 GPU-hours, at 2 " in lines(search(WORKERS_PER_TRIAL=1)) and "slot-minutes" in lines(search(), Gw=0)
 
