@@ -57,6 +57,10 @@ def table(document, first_cell):
     ]
 
 
+def test_the_first_page_is_one_page():
+    assert len(README.read_text().splitlines()) <= 200
+
+
 # ---- Links and paths ---------------------------------------------------------------------------------------
 def anchors(document):
     """The anchors that GitHub gives a document's headings."""

@@ -33,7 +33,7 @@ check_container() {                                    # what a run needs of it 
     said=$(python -c 'import os, sys; os.stat(sys.argv[1]); print(os.readlink("/proc/self/ns/pid"))' "$file" 2>&1) || true
     rm -f "$file"
     [[ $(tail -n 1 <<<"$said") == "$(readlink /proc/self/ns/pid)" ]] ||
-        fail "CONTAINER=$CONTAINER: inside are not the same /tmp, $REPO and process ids ($(tail -n 1 <<<"$said")); see \"In a container\" in README.md"
+        fail "CONTAINER=$CONTAINER: inside are not the same /tmp, $REPO and process ids ($(tail -n 1 <<<"$said")); see \"In a container\" in INSTRUCTORS.md"
 }
 
 choose_python() {                                      # the container of the EDIT block, the repository's .venv, or the active one

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,6 +144,7 @@ def main():
     parser.add_argument("--slots", type=int, default=1, metavar="N", help="trials at once (default 1)")
     parser.add_argument("--Gw", type=int, default=1, metavar="N", help="GPUs of each worker; 0 on CPUs (default 1)")
     a = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" is no error
     for line in lines(lesson.read_settings(os.environ), max(1, a.slots), a.Gw):
         print(f"forecast: {line}", flush=True)
 

@@ -146,7 +146,7 @@ look_at_queue() {                                      # sets QUEUE, every ten s
     while read -r job state reason; do                 # why a worker does not start yet, each reason once
         [[ $state == PENDING && $reason != None && -z ${TOLD[$job $reason]:-} ]] || continue
         TOLD[$job $reason]=yes
-        say "worker job $job is PENDING: $reason (what that means: README.md, Troubleshooting)"
+        say "worker job $job is PENDING: $reason (what that means: TROUBLESHOOTING.md)"
     done <<<"$QUEUE"
 }
 
