@@ -61,6 +61,21 @@ def test_the_first_page_is_one_page():
     assert len(README.read_text().splitlines()) <= 200
 
 
+def test_the_courses_own_tables_and_questions_are_in_the_exercise():
+    page = EXERCISE_README.read_text()
+    for header in (
+        "| Job Start Time | Job Finish Time | Total Job Time |",
+        "| Combo ID | Learning Rate (lr) | Batch Size (bs) | Weight Decay (wd) | Eval Loss | Runtime (s) |",
+        "| Best Learning Rate (lr) | Best Batch Size (bs) | Best Weight Decay (wd) | Best Eval Loss | Total",
+    ):
+        assert f"\n{header}" in page
+    for question in "AB":
+        boxes = re.findall(rf"^- \[ \] {question}[1-4]\. \S", page, re.MULTILINE)
+        assert len(boxes) == 4 and page.index(boxes[0]) < page.index("**Quiz 1.**")
+    for argument in ("metric", "mode", "grace_period", "max_t", "reduction_factor"):
+        assert f"| `{argument}` |" in page, argument
+
+
 # ---- Links and paths ---------------------------------------------------------------------------------------
 def anchors(document):
     """The anchors that GitHub gives a document's headings."""
