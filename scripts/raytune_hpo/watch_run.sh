@@ -126,9 +126,9 @@ check_capacity() {                                     # of the first worker job
     read -r SLOTS Gw < <(sed -nE 's/^capacity: .*, ([0-9]+) on .*/\1/p; s/.*T\*W\*Gw = [0-9]+\*[0-9]+\*([0-9]+) .*/\1/p' <<<"$said" | xargs) || true
 }
 
-forecast() {                                           # of the lesson's search, while Ray starts; without SLOTS nobody knows
+forecast() {                                           # of the lesson's search, while Ray starts and not in its way; without SLOTS nobody knows
     [[ -n ${SLOTS:-} && -z ${SEARCH_SCRIPT:-} ]] || return 0
-    (owned python "$TOOLS/forecast.py" --slots "$SLOTS" --Gw "$Gw" 2>/dev/null) | while IFS= read -r line; do say "$line"; done
+    (owned nice python "$TOOLS/forecast.py" --slots "$SLOTS" --Gw "$Gw" 2>/dev/null) | while IFS= read -r line; do say "$line"; done
 }
 
 queued_workers() {                                     # prints QUEUE anew; 1: Slurm is busy
