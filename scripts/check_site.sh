@@ -205,10 +205,12 @@ check_gpus() {                                               # and trials at onc
     on_slurm || return                                       # without it trials may share CPUs
     if said=$(python "$REPO/scripts/raytune_hpo/worker_capacity.py" --Cnode "$cpus" --Gnode "$gpus" --Gw "$Gw" 2>&1); then
         ok "$(head -n 1 <<<"$said")"
+        TRIALS=$(grep -oP '^capacity: \K\d+' <<<"$said")
+        while IFS= read -r said; do ok "$said"; done < <(
+            timeout 60 python "$REPO/scripts/raytune_hpo/forecast.py" --slots "$((TRIALS * ${WORKER_NODES:-1}))" --Gw "$Gw" 2>/dev/null)
     else
         failed "capacity: $(last "$said")"
     fi
-    TRIALS=$(grep -oP '^capacity: \K\d+' <<<"$said")
 }
 
 # ---- Between the two nodes: each listens on a free port at its node_address, as Ray does, and says who it is -------------

@@ -17,7 +17,6 @@ from pathlib import Path
 import as_study
 import compare_runs
 import draw_report
-import fill_tables
 import optuna
 import pytest
 import read_run
@@ -264,12 +263,9 @@ def test_gpu_minutes_count_from_the_time_a_node_joined(read):
     assert "with 6 trial(s) at once" in text
 
 
-def test_the_expected_range_is_that_of_asha():
-    low, high = fill_tables.expected_epochs(12, 5, 4)
-    assert 20 <= low <= 24 and 42 <= high <= 47  # 22 to 45 in a simulation of 4,000 runs
-    assert fill_tables.expected_epochs(12, 1, 4) == (12, 12)
-    assert fill_tables.expected_epochs(1, 5, 1) == (5, 5)
-    assert fill_tables.expected_epochs(12, 5, 4) == (low, high)
+def test_the_forecast_of_the_log_stands_beside_what_was_trained(read):
+    told = "10:00:05 head node1 | forecast: 5 to 12 of 15 epochs, 8 on average, with 2 trial(s) at once"
+    assert "Forecast before the run: 5 to 12 of 15 epochs, 8 on average" in read(log_of(told, boxed(HEADER, ROWS)))[1]
 
 
 # ---- Running and cancelled ---------------------------------------------------------------------------------
@@ -347,7 +343,7 @@ def test_one_trial(read):
     found, text = read(log_of(boxed(HEADER, ROWS[:1]),
                               settings=SETTINGS.replace("NUM_SAMPLES        3", "NUM_SAMPLES        1")))
     assert len(found["Table 2"]) == 1 and found["Table 3"][0]["Epochs"] == "5"
-    assert "Expected" not in text  # nothing was stopped, so nothing is to be expected of stopping
+    assert "Forecast" not in text  # its log has none
 
 
 def test_a_thousand_trials_take_less_than_two_seconds(read):

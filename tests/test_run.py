@@ -72,6 +72,8 @@ def test_the_exercise_on_the_sandbox(whole_run):
     check_log(log, job)
     reports = check_results(log, run_dir, trials=12, epochs=5)
     assert at_once(log) == 2
+    assert re.search(r"head \| forecast: \d+ to \d+ of 60 epochs, \d+ on average, with 2 trial\(s\) at once", log)
+    assert "Forecast before the run: " in (run_dir / "tables.md").read_text()
     for reported in reports.values():
         drawn = reported[0]["config"]["train_loop_config"]
         assert 1e-4 <= drawn["lr"] <= 5e-2 and drawn["per_device_bs"] in (2, 4) and drawn["wd"] in (0.0, 0.1)

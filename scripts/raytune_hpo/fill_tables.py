@@ -23,16 +23,13 @@ the other inputs are still read. --watch: 130 after Ctrl-C.
 import argparse
 import contextlib
 import csv
-import heapq
 import io
 import json
 import math
 import os
-import random
 import re
 import signal
 import sys
-from bisect import insort
 from pathlib import Path
 
 import compare_runs
@@ -47,41 +44,6 @@ SCORES = ["Exact Match (%)", "F1 (%)", "Loss"]  # of ask.py --score, on question
 # ============================================================================================================
 # Figures of a run
 # ============================================================================================================
-def expected_epochs(n, max_t, in_flight, seed=0):
-    """(5 %, 95 %) of the epochs that plain ASHA trains: n trials, max_t epochs, in_flight at once.
-
-    Simulated: reduction factor 2, grace period 1, each trial keeps one random rank, arrival in random order.
-    """
-    draw = random.Random(seed)
-    rungs = [2**k for k in range(30) if 2**k < max_t]
-    totals = []
-    for _ in range(max(20, min(400, 60_000 // (n * max_t)))):
-        recorded = {rung: [] for rung in rungs}
-        queue = [(draw.random(), 1, draw.random()) for _ in range(min(n, in_flight))]  # (time, epoch, loss)
-        heapq.heapify(queue)
-        waiting, total = n - len(queue), 0
-        while queue:
-            moment, epoch, loss = queue[0]
-            total += 1
-            stop = epoch >= max_t
-            if epoch in recorded:
-                seen = recorded[epoch]
-                if seen:
-                    stop = stop or loss > (seen[len(seen) // 2] + seen[(len(seen) - 1) // 2]) / 2
-                insort(seen, loss)
-            later = moment + 0.8 + 0.4 * draw.random()
-            if not stop:
-                heapq.heapreplace(queue, (later, epoch + 1, loss))
-            elif waiting:
-                waiting -= 1
-                heapq.heapreplace(queue, (later, 1, draw.random()))
-            else:
-                heapq.heappop(queue)
-        totals.append(total)
-    totals.sort()
-    return totals[round(0.05 * (len(totals) - 1))], totals[round(0.95 * (len(totals) - 1))]
-
-
 # ============================================================================================================
 # Tables: lists of (title, header, rows, lines below), for Markdown and HTML alike
 # ============================================================================================================
@@ -149,11 +111,8 @@ def figures(run):
         so_far, saving = ("", f", {saved:.0f} % saved") if done else (" so far", "")
         lines.append(f"Epochs trained{so_far}: {s['epochs_trained']} of {s['epochs_full_grid']} "
                      f"({s['trials']} trials x {s['max_t']} epochs){saving}.")
-        if s["epochs_full_grid"] <= 200_000 and any(t.status == "stopped by ASHA" for t in run.trials.values()):
-            low, high = expected_epochs(s["trials"], s["max_t"], k)
-            lines.append(f"Expected of a whole run with these settings: {low} to {high} epochs in nine of "
-                         f"ten runs (simulated ASHA, random losses, {k} at once). "
-                         "One run proves little about the saving.")
+        if run.forecast:
+            lines.append(f"Forecast before the run: {run.forecast}. One run proves little about the saving.")
     if s["units"] and (run.now or run.manual):
         share = f" ({100 * s['idle_min'] / s['allocated_min']:.0f} %)" if s["allocated_min"] else ""
         slots = "Slot-minutes (on CPUs; a slot is a place for one trial)"

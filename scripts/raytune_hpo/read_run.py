@@ -31,6 +31,7 @@ CLOCK = re.compile(r"(\d\d):(\d\d):(\d\d) (\S+)(?: \S+)? \| (.*)")
 EVENT = re.compile(r"(\S.*?)  (started|continues|epoch|stopped|finished|ended|lost|FAILED)(?: +(.*))?$")
 REPORT = re.compile(r"(\d{1,9}(?:\.\d+)?)/\d+ +eval_loss (\S+)")
 JOINED = re.compile(r"worker \d+/\d+ joined: job (\S+) on .*?\d+ CPUs, (\d{1,5}) GPUs.*, (\d{1,5}) trial")
+FORECAST = re.compile(r"forecast: (\d+ to \d+ of \d+ epochs.*)")
 PRECISION = re.compile(r"(?:joined|this node): .* GPUs.*, (bf16|fp16|fp32)(?:, \d+ trial|$)")
 HELD = re.compile(r"worker job (\S+) held its node for (\d{1,9}) s")
 CLUSTER = re.compile(r"cluster: (\d{1,9}(?:\.\d+)?) trial\(s\) at once, (\d+) workers each, on (GPUs|CPUs)")
@@ -109,6 +110,7 @@ class Run:
     exit_status: int = 0
     has_table: bool = False
     notes: list = field(default_factory=list)
+    forecast: str = ""  # of the epochs, from before the run
     scores: dict = field(default_factory=dict)  # model -> what ask.py --score has found
 
     def number(self, name, default):
@@ -411,6 +413,8 @@ def read_log(path):
                     run.slots, run.on_gpus, run.cluster_at = float(cluster[1]), cluster[3] == "GPUs", run.now
             elif (joined := JOINED.search(text)) and joined[1] not in (node[3] for node in run.nodes):  # not once more
                 run.nodes.append((run.now, int(joined[2]), int(joined[3]), joined[1]))
+            elif told := FORECAST.match(text):
+                run.forecast = told[1]
             elif held := HELD.search(text):
                 run.held[held[1]] = int(held[2])
             elif ended := re.match(r"ended with exit status (\d{1,3})", text):

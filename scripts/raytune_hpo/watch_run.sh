@@ -119,9 +119,16 @@ unknown_worker() {                                     # prints the id of a work
 }
 
 check_capacity() {                                     # of the first worker job; if Slurm is too busy to tell, the worker itself does
-    local record
+    local record said
     record=$(ask scontrol show job "${WORKER_JOBS[0]}") || return 0
-    python "$TOOLS/worker_capacity.py" --record --nodes "$WORKER_NODES" <<<"$record"
+    said=$(python "$TOOLS/worker_capacity.py" --record --nodes "$WORKER_NODES" <<<"$record") || { echo "$said"; return 1; }
+    echo "$said"
+    read -r SLOTS Gw < <(sed -nE 's/^capacity: .*, ([0-9]+) on .*/\1/p; s/.*T\*W\*Gw = [0-9]+\*[0-9]+\*([0-9]+) .*/\1/p' <<<"$said" | xargs) || true
+}
+
+forecast() {                                           # of the lesson's search, while Ray starts and not in its way; without SLOTS nobody knows
+    [[ -n ${SLOTS:-} && -z ${SEARCH_SCRIPT:-} ]] || return 0
+    (owned nice python "$TOOLS/forecast.py" --slots "$SLOTS" --Gw "$Gw" 2>/dev/null) | while IFS= read -r line; do say "$line"; done
 }
 
 queued_workers() {                                     # prints QUEUE anew; 1: Slurm is busy
@@ -139,7 +146,7 @@ look_at_queue() {                                      # sets QUEUE, every ten s
     while read -r job state reason; do                 # why a worker does not start yet, each reason once
         [[ $state == PENDING && $reason != None && -z ${TOLD[$job $reason]:-} ]] || continue
         TOLD[$job $reason]=yes
-        say "worker job $job is PENDING: $reason (what that means: TROUBLESHOOTING.md, Waiting in the queue)"
+        say "worker job $job is PENDING: $reason (what that means: TROUBLESHOOTING.md)"
     done <<<"$QUEUE"
 }
 

@@ -1,22 +1,18 @@
 #!/usr/bin/env python3
 """What ASHA saves, and what it costs in loss.
 
-    .venv/bin/python tests/benchmarks/asha_savings.py                              # all tables
-    .venv/bin/python tests/benchmarks/asha_savings.py --seeds 1000 --only savings  # the first alone, more seeds
+    .venv/bin/python tests/benchmarks/asha_savings.py --seeds 1000
     .venv/bin/python tests/benchmarks/asha_savings.py --record FILE                # new curves; 5 to 6 minutes
 
 Learning curves of real fine-tuning runs were recorded once (--record; asha_savings_demo.json beside this program) and
 are replayed here. The slots are simulated, but every decision is made by the scheduler of raytune_asha_hpo.py, called
 as Ray's TuneController calls it. So a search takes milliseconds instead of minutes.
 
-Two tables, the first for each file of curves:
-  savings   twelve of the recorded configurations, drawn anew for each seed: ASHA against all twelve trained in full
-  check     fill_tables.py's expected range of epochs against the real scheduler, on random losses
+For each file of curves, a table: twelve of the recorded configurations, drawn anew for each seed, ASHA against all
+twelve trained in full.
 """
 
 import argparse
-import heapq
-import itertools
 import json
 import logging
 import math
@@ -30,12 +26,12 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import REPO, SCRIPT, load_module
+from forecast import replay
 
 BESIDE = Path(__file__).resolve().parent
 CURVES = sorted(BESIDE.glob("asha_savings_*.json"))
@@ -116,47 +112,6 @@ def processor():
     return found[1].strip() if found else platform.machine()
 
 
-# ---- Replay: simulated slots, a real scheduler -----------------------------------------------------------------------
-class Trial:
-    """What a scheduler sees of a Ray trial, and the curve that it replays: a loss and a duration for each epoch."""
-
-    def __init__(self, number, losses, seconds):
-        self.trial_id, self.losses, self.seconds = f"{number:05d}", losses, seconds
-        self.status, self.last_result = "PENDING", {"epoch": 0}
-
-
-def replay(scheduler, curves, slots, startup):
-    """One search, whose trials have these curves, on `slots` slots: {"epochs", "seconds", "best", "trials": [Trial]}.
-
-    curves: [(losses, seconds)]; startup: seconds before a trial's first epoch. In the result: seconds = slots x wall
-    time; best = the lowest loss.
-    """
-    trials = [Trial(number, *curve) for number, curve in enumerate(curves)]
-    controller = SimpleNamespace(get_trials=lambda: trials)  # the part of Ray's TuneController that schedulers use
-    for trial in trials:
-        scheduler.on_trial_add(controller, trial)
-    running, now, epochs, best, tie = [], 0.0, 0, math.inf, itertools.count()
-    while True:
-        while len(running) < slots and (trial := scheduler.choose_trial_to_run(controller)):
-            trial.status = "RUNNING"
-            heapq.heappush(running, (now + startup + trial.seconds[0], next(tie), trial))
-        if not running:
-            return {"epochs": epochs, "seconds": slots * now, "best": best, "trials": trials}
-        now, _, trial = heapq.heappop(running)
-        epoch = trial.last_result["epoch"] + 1
-        loss = trial.losses[epoch - 1]
-        result = {"epoch": epoch, "training_iteration": epoch, "eval_loss": loss}
-        epochs, decision = epochs + 1, "STOP"  # what RunConfig(stop=...) says of a loss that is not finite
-        if math.isfinite(loss):
-            best, decision = min(best, loss), scheduler.on_trial_result(controller, trial, result)
-        trial.last_result = result
-        if decision == "STOP" or epoch == len(trial.losses):
-            scheduler.on_trial_complete(controller, trial, result)
-            trial.status = "TERMINATED"
-        else:
-            heapq.heappush(running, (now + trial.seconds[epoch], next(tie), trial))
-
-
 # ---- Curves ----------------------------------------------------------------------------------------------------------
 class Curves:
     """A recorded file; seconds scaled so that an epoch takes `epoch_seconds` on average (None: as recorded)."""
@@ -222,26 +177,6 @@ def table_of_savings(hpo, path, seeds, startup, epoch_seconds):
               f"| {spread(regret, 3)} | {regret.mean():.3f}, {regret.max():.3f} |", flush=True)
 
 
-def flat_curve(draw, epochs):
-    """The same random loss in each epoch, and epochs of about 1 s: what expected_epochs() assumes."""
-    return [draw.random()] * epochs, [0.8 + 0.4 * draw.random() for _ in range(epochs)]
-
-
-def table_of_the_check(hpo, runs=1000):
-    """fill_tables.py simulates ASHA with the standard library alone; here the real scheduler gets such losses."""
-    fill_tables = load_module(REPO / "scripts/raytune_hpo/fill_tables.py")
-    print(f"\n### check: 5 % and 95 % of the epochs, random losses, {runs} runs of the real scheduler\n")
-    print("| trials | epochs | at once | real scheduler | fill_tables.py |\n|---|---|---|---|---|")
-    for trials, max_t, slots in ((12, 5, 1), (12, 5, 4), (12, 8, 2), (40, 5, 8)):
-        settings, totals = hpo.read_settings({"NUM_EPOCHS": str(max_t)}), []
-        for draw in map(random.Random, range(runs)):
-            curves = [flat_curve(draw, max_t) for _ in range(trials)]
-            totals.append(replay(hpo.scheduler(settings), curves, slots, startup=0)["epochs"])
-        low, high = np.percentile(totals, [5, 95])
-        expected = "-".join(map(str, fill_tables.expected_epochs(trials, max_t, slots)))
-        print(f"| {trials} | {max_t} | {slots} | {low:.0f}-{high:.0f} | {expected} |", flush=True)
-
-
 def main():
     """Returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -251,7 +186,6 @@ def main():
     option("--epoch-seconds", type=float, default=60, metavar="S",
            help="mean length of an epoch, to which the recorded ones are scaled (%(default)s)")  # fmt: skip
     option("--curves", type=Path, nargs="+", default=CURVES, metavar="FILE", help="(those beside this program)")
-    option("--only", nargs="+", choices=("savings", "check"), default=("savings", "check"), help="these tables")
     option("--record", type=Path, metavar="FILE", help="instead: train, and write the curves to this file")
     option("--configurations", type=int, default=96, metavar="N", help="how many to --record (%(default)s)")
     a = parser.parse_args()
@@ -269,10 +203,7 @@ def main():
     logging.disable(logging.WARNING)
     hpo = load_module(SCRIPT)
     for path in a.curves:
-        if "savings" in a.only:
-            table_of_savings(hpo, path, a.seeds, a.startup, a.epoch_seconds)
-    if "check" in a.only:
-        table_of_the_check(hpo)
+        table_of_savings(hpo, path, a.seeds, a.startup, a.epoch_seconds)
     return 0
 
 

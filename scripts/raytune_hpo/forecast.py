@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""What a search is going to cost: the epochs that its scheduler is expected to train, time and GPU-hours.
+
+    python forecast.py --slots 4                               # the default search, four trials at once
+    NUM_SAMPLES=20 MINUTES_PER_EPOCH=1.5 python forecast.py --slots 4 --Gw 1
+
+The variables are those of a search. MINUTES_PER_EPOCH is what one epoch of a trial takes; if it is not set, it is
+taken from the newest run in runs/ with the same model, data and workers, where there is one.
+
+Many searches are simulated with the scheduler of raytune_asha_hpo.py itself. Nobody knows the losses beforehand, so
+each trial gets a random one, and keeps it; an epoch takes 0.8 to 1.2 times the mean.
+"""
+
+import argparse
+import heapq
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "raytune_asha_scheduler"))
+import raytune_asha_hpo as lesson
+
+RUNS = Path(__file__).resolve().parents[2] / "experiments/raytune/scheduler/asha/runs"
+SAME = ("MODEL_NAME", "SQUAD_DATA", "TRAIN_SAMPLES", "EVAL_SAMPLES", "WORKERS_PER_TRIAL", "PRECISION")
+EPOCHS = 60_000  # simulated at most, so that it takes a second or two; a search of more epochs has no forecast
+
+
+# ---- Simulated slots, a real scheduler -------------------------------------------------------------------
+class Trial:
+    """What a scheduler sees of a Ray trial, and the curve that it replays: a loss and a duration for each epoch."""
+
+    def __init__(self, number, losses, seconds):
+        self.trial_id, self.losses, self.seconds = f"{number:05d}", losses, seconds
+        self.status, self.last_result = "PENDING", {"epoch": 0}
+
+
+def replay(scheduler, curves, slots, startup=0.0):
+    """One search, whose trials have these curves, on `slots` slots: {"epochs", "seconds", "best", "trials": [Trial]}.
+
+    curves: [(losses, seconds)]; startup: seconds before a trial's first epoch. In the result: seconds = slots x wall
+    time; best = the lowest loss.
+    """
+    trials = [Trial(number, *curve) for number, curve in enumerate(curves)]
+    live = lambda: [trial for trial in trials if trial.status != "TERMINATED"]
+    # the part of Ray's TuneController that schedulers use
+    controller = SimpleNamespace(get_trials=lambda: trials, get_live_trials=live)
+    for trial in trials:
+        scheduler.on_trial_add(controller, trial)
+    running, now, epochs, best, tie = [], 0.0, 0, math.inf, itertools.count()
+    while True:
+        while len(running) < slots and (trial := scheduler.choose_trial_to_run(controller)):
+            trial.status = "RUNNING"
+            heapq.heappush(running, (now + startup + trial.seconds[0], next(tie), trial))
+        if not running:
+            return {"epochs": epochs, "seconds": slots * now, "best": best, "trials": trials}
+        now, _, trial = heapq.heappop(running)
+        epoch = trial.last_result["epoch"] + 1
+        loss = trial.losses[epoch - 1]
+        result = {"epoch": epoch, "training_iteration": epoch, "eval_loss": loss}
+        epochs, decision = epochs + 1, "STOP"  # what RunConfig(stop=...) says of a loss that is not finite
+        if math.isfinite(loss):
+            best, decision = min(best, loss), scheduler.on_trial_result(controller, trial, result)
+        trial.last_result = result
+        if decision == "STOP" or epoch == len(trial.losses):
+            scheduler.on_trial_complete(controller, trial, result)
+            trial.status = "TERMINATED"
+        else:
+            heapq.heappush(running, (now + trial.seconds[epoch], next(tie), trial))
+
+
+# ---- Forecast --------------------------------------------------------------------------------------------
+def expected(s, slots):
+    """(5 %, mean, 95 %) of the epochs that a search trains, and its mean wall time in epochs. None: too large."""
+    most = s.NUM_SAMPLES * s.NUM_EPOCHS
+    if most > EPOCHS:
+        return None
+    rng, epochs, time = random.Random(s.SEED), [], 0.0
+    repeats = max(1, min(200, EPOCHS // most))
+    for _ in range(repeats):
+        curves = [([rng.random()] * s.NUM_EPOCHS, [rng.uniform(0.8, 1.2) for _ in range(s.NUM_EPOCHS)])
+                  for _ in range(s.NUM_SAMPLES)]  # fmt: skip
+        found = replay(lesson.scheduler(s), curves, slots)
+        epochs.append(found["epochs"])
+        time += found["seconds"] / slots / repeats
+    epochs.sort()
+    return epochs[round(0.05 * (repeats - 1))], sum(epochs) / repeats, epochs[round(0.95 * (repeats - 1))], time
+
+
+def minutes_per_epoch(s, runs=RUNS):
+    """(minutes, where from), or (None, why not)."""
+    if text := os.environ.get("MINUTES_PER_EPOCH"):
+        try:
+            if 0 < float(text) < math.inf:
+                return float(text), "MINUTES_PER_EPOCH"
+        except ValueError:
+            pass
+        return None, f"MINUTES_PER_EPOCH={text!r} is not a number above 0"
+    for path in sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            (run,) = json.loads(path.read_text())
+            if any(run["settings"].get(name) != str(getattr(s, name)) for name in SAME):
+                continue
+            known = [trial for trial in run["trials"] if trial["runtime_s"] and trial["epochs"]]
+            return sum(t["runtime_s"] for t in known) / sum(t["epochs"] for t in known) / 60, f"run {run['job']}"
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+            continue  # not such a file, or a run without epochs
+    return None, "no earlier run with this model and data; MINUTES_PER_EPOCH=... tells them"
+
+
+def amount(minutes, unit=""):
+    for size, name in ((60, f"{unit}hours"), (1, f"{unit}minutes")):
+        if minutes >= 2 * size:
+            return f"{minutes / size:.1f} {name}"
+    return f"{60 * minutes:.0f} {unit}seconds"
+
+
+def lines(s, slots, Gw):
+    """The forecast: one line on epochs, one on time and GPUs."""
+    if (found := expected(s, slots)) is None:
+        return
+    low, mean, high, wall = found
+    most, each = s.NUM_SAMPLES * s.NUM_EPOCHS, s.WORKERS_PER_TRIAL * Gw
+    yield f"{low} to {high} of {most} epochs, {mean:.0f} on average, with {slots} trial(s) at once"
+    minutes, source = minutes_per_epoch(s)
+    if minutes is None:
+        yield f"how long that takes is not known: {source}"
+        return
+    unit, at_most = "GPU-" if each else "slot-", math.ceil(s.NUM_SAMPLES / slots) * s.NUM_EPOCHS
+    about, most = ((amount(time * minutes), amount(epochs * max(1, each) * minutes, unit))
+                   for time, epochs in ((wall, mean), (at_most, most)))  # fmt: skip
+    yield (f"about {about[0]} and {about[1]}, at most {most[0]} and {most[1]}, "
+           f"at {minutes:.2g} minutes an epoch ({source})")  # fmt: skip
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--slots", type=int, default=1, metavar="N", help="trials at once (default 1)")
+    parser.add_argument("--Gw", type=int, default=1, metavar="N", help="GPUs of each worker; 0 on CPUs (default 1)")
+    a = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" is no error
+    for line in lines(lesson.read_settings(os.environ), max(1, a.slots), a.Gw):
+        print(f"forecast: {line}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What a search is going to cost, told before it starts."""
+
+import json
+import random
+import re
+import statistics
+
+import forecast
+import pytest
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
+
+
+@pytest.fixture
+def search(monkeypatch):
+    """A function: a scheduler and settings -> (settings, slots) for expected()."""
+    def of(scheduler=None, **changes):
+        if scheduler:
+            monkeypatch.setattr(forecast.lesson, "scheduler", scheduler)
+        return forecast.lesson.read_settings({name: str(value) for name, value in changes.items()})
+
+    return of
+
+
+def asha(factor, grace):
+    return lambda s: ASHAScheduler(
+        metric="eval_loss", mode="min", grace_period=grace, max_t=s.NUM_EPOCHS, reduction_factor=factor)
+
+
+def one_at_a_time(factor, grace, trials, epochs, draw):
+    """The epochs of one search by hand: at each rung a trial goes on if it is among the best 1/factor seen there."""
+    rungs = [grace * factor**k for k in range(20) if grace * factor**k < epochs]
+    seen, total = {rung: [] for rung in rungs}, 0
+    for _ in range(trials):
+        loss = draw.random()
+        for epoch in range(1, epochs + 1):
+            total += 1
+            if epoch in seen:
+                others = sorted(seen[epoch])
+                place = (len(others) - 1) / factor  # the quantile as numpy counts it
+                low = int(place)
+                limit = others and others[low] + (place - low) * (others[min(low + 1, len(others) - 1)] - others[low])
+                seen[epoch].append(loss)
+                if others and loss > limit:
+                    break
+    return total
+
+
+@pytest.mark.parametrize("factor, grace, trials, epochs", [(2, 1, 12, 5), (4, 2, 20, 10), (3, 1, 9, 9)])
+def test_the_epochs_are_those_of_the_scheduler_whatever_its_arguments(search, factor, grace, trials, epochs):
+    s = search(asha(factor, grace), NUM_SAMPLES=trials, NUM_EPOCHS=epochs)
+    low, mean, high, wall = forecast.expected(s, slots=1)
+    by_hand = [one_at_a_time(factor, grace, trials, epochs, random.Random(seed)) for seed in range(400)]
+    assert mean == pytest.approx(statistics.mean(by_hand), rel=0.06)
+    assert low < mean < high and wall == pytest.approx(mean, rel=0.05)
+    assert forecast.expected(s, slots=1) == (low, mean, high, wall)
+    assert forecast.expected(s, slots=4)[3] < 0.5 * wall
+
+
+@pytest.mark.parametrize("scheduler, low, high", [
+    (lambda s: FIFOScheduler(), 60, 60),
+    (lambda s: MedianStoppingRule(time_attr="epoch", metric="eval_loss", mode="min", grace_period=1), 12, 59),
+])
+def test_another_scheduler_of_the_lesson_has_a_forecast_as_well(search, scheduler, low, high):
+    assert low <= forecast.expected(search(scheduler), slots=2)[1] <= high
+
+
+def test_a_search_too_large_to_simulate_has_none(search):
+    assert list(forecast.lines(search(NUM_SAMPLES=100_000), 4, 1)) == []
+
+
+def lines(s, slots=4, Gw=1):
+    epochs, time = forecast.lines(s, slots, Gw)
+    assert re.fullmatch(rf"\d+ to \d+ of 60 epochs, \d+ on average, with {slots} trial\(s\) at once", epochs)
+    return time
+
+
+def test_minutes_of_an_epoch_are_those_of_the_variable(search, monkeypatch):
+    monkeypatch.setenv("MINUTES_PER_EPOCH", "2")
+    told = r"about [\d.]+ minutes and \d\.\d GPU-hours, at most 30.0 minutes and 4.0 GPU-hours, at 2 minutes .*"
+    assert re.fullmatch(told, lines(search()))
+    assert "and 2.0 GPU-hours, at 2 " in lines(search(WORKERS_PER_TRIAL=1)) and "slot-minutes" in lines(search(), Gw=0)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "inf", "nan"])
+def test_minutes_that_are_none_are_told_and_the_epochs_all_the_same(search, monkeypatch, text):
+    monkeypatch.setenv("MINUTES_PER_EPOCH", text)
+    assert f"MINUTES_PER_EPOCH='{text}' is not a number above 0" in lines(search())
+
+
+def test_without_the_variable_the_newest_fitting_run_tells(search, monkeypatch, tmp_path):
+    monkeypatch.setattr(forecast, "RUNS", tmp_path)
+    s, find = search(), lambda: forecast.minutes_per_epoch(s, tmp_path)
+    monkeypatch.delenv("MINUTES_PER_EPOCH", raising=False)
+    assert find() == (None, "no earlier run with this model and data; MINUTES_PER_EPOCH=... tells them")
+    settings = {name: str(getattr(s, name)) for name in forecast.SAME}
+    trials = [{"runtime_s": 300, "epochs": 5}, {"runtime_s": 60, "epochs": 1}, {"runtime_s": None, "epochs": 0}]
+    run = lambda job, settings, trials: json.dumps([{"job": job, "settings": settings, "trials": trials}])
+    texts = {"1": run("1", settings, trials), "2": run("2", settings | {"MODEL_NAME": "x"}, trials), "3": "{half"}
+    for name, text in (texts | {"4": "[]", "5": run("5", settings, [])}).items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(text)
+    assert find() == (1.0, "run 1")
