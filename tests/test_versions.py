@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 
 REQUIREMENTS = (REPO / "requirements.txt").read_text()
 PINS = dict(re.findall(r"^([\w-]+)(?:\[.*\])?==(\S+?)(?:;.*)?$", REQUIREMENTS, re.MULTILINE))
-LICENCES = (REPO / "THIRD_PARTY.md").read_text()
+LICENCES = (REPO / "experiments/raytune/scheduler/asha/THIRD_PARTY.md").read_text()
 
 
 # ---- Versions ----------------------------------------------------------------------------------------------
