@@ -149,6 +149,7 @@ def test_folders_of_any_files(checks, folder, files, count):
         if data is not None:
             (both / name).write_bytes(data)
     s = SimpleNamespace(MODEL_NAME=str(both), SQUAD_DATA=str(both), TRAIN_SAMPLES=count, EVAL_SAMPLES=count)
+    s.CHAT_TEMPLATE = 0
     problems = checks.model_and_data_problems(s)
     variables = ("MODEL_NAME=", "SQUAD_DATA=", "TRAIN_SAMPLES=", "EVAL_SAMPLES=")
     assert all(one_line(line) and line.startswith(variables) for line in problems)
