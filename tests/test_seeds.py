@@ -33,6 +33,20 @@ def test_seeds_tell_luck_from_merit(course, demo):
     assert ("as in the search" in log) and ("not as in the search" in log) == (means[1] < means[0])
 
 
+def test_a_run_to_continue_knows_what_it_repeats(tmp_path, monkeypatch, hpo):
+    seeds = load_module(REPO / "scripts/raytune_hpo/raytune_seeds/raytune_seeds_hpo.py")
+    (tmp_path / "repeats.json").write_text(json.dumps([[[1.0, {"lr": 1}]], 2]))
+    monkeypatch.delenv("REPEAT", raising=False)
+    assert seeds.chosen(hpo.read_settings({}), tmp_path) == [[[1.0, {"lr": 1}]], 2]
+
+
+def test_a_configuration_that_diverges_with_every_seed_is_the_last():
+    seeds = load_module(REPO / "scripts/raytune_hpo/raytune_seeds/raytune_seeds_hpo.py")
+    again = [(2.0, {"lr": 2, "seed": 1}), (3.0, {"lr": 2, "seed": 2})]
+    told = list(seeds.compare([(1.0, {"lr": 1}), (2.0, {"lr": 2})], 2, again))
+    assert "order by the mean: 2, 1, not as in the search" in told and "inf" in told[2]
+
+
 @pytest.mark.parametrize("wrong, said", [
     ({"REPEAT": "runs/none"}, "REPEAT='runs/none': not the run folder of a search"), ({}, "REPEAT='': not the run"),
     ({"SEEDS": "0"}, "SEEDS='0': set a whole number"), ({"SEEDS": "x"}, "SEEDS='x': set a whole number"),
@@ -46,7 +60,7 @@ def test_what_cannot_be_repeated_is_refused(tmp_path, monkeypatch, hpo, wrong, s
     (tmp_path / "run/tune/a").mkdir(parents=True)
     (tmp_path / "run/settings.json").write_text("{}")
     reports = [{"eval_loss": loss, "config": {"train_loop_config": {"lr": 1}}} for loss in (2.0, math.nan)]
-    (tmp_path / "run/tune/a/result.json").write_text("\n".join(map(json.dumps, reports)) + "\n")
+    (tmp_path / "run/tune/a/result.json").write_text("\n".join(map(json.dumps, reports)) + '\n{"eval_l')
     for name, value in wrong.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match=re.escape(f"ERROR: {said}")) as ended:

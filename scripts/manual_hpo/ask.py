@@ -189,7 +189,7 @@ def main():
             print(f"{len(rows)} questions that no trial has seen:")
             for row, answer in zip(rows, Model(a.folders[0], s.CHAT_TEMPLATE).answers(rows), strict=True):
                 right = " | ".join(dict.fromkeys(row["answers"]["text"]))
-                print(f"{row['question']}\n    right: {right}\n    model: {answer}")
+                print(f"{row['question']}\n    right: {right}\n    model: {answer or '(nothing)'}")
     except InputError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return 2

@@ -33,7 +33,7 @@ SAME = ("MODEL_NAME", "SQUAD_DATA", "TRAIN_SAMPLES", "EVAL_SAMPLES", "CHAT_TEMPL
 def improve(plan):
     """Changes the lesson's plan of a search: no draws, no early stopping."""
     s = plan.context.s
-    best, seeds = asked(s)
+    best, seeds = chosen(s, plan.context.run_dir)
     trials = [config | {"seed": s.SEED + i} for _, config in best for i in range(seeds)]
     plan.param_space["train_loop_config"]["seed"] = tune.randint(0, 2**31)
     points = [{"train_loop_config": config} for config in trials]
@@ -42,6 +42,17 @@ def improve(plan):
 
 
 # ---- What is trained again ---------------------------------------------------------------------------------
+def chosen(s, run_dir):
+    """What asked() gives; of a run that is continued, what it gave then."""
+    kept = run_dir / "repeats.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    found = asked(s)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(found))
+    return found
+
+
 def asked(s):
     """([(loss, configuration)] of the best trials of REPEAT, number of seeds). Ends the script on bad input."""
     text, given = os.environ.get("SEEDS", "3"), os.environ.get("REPEAT", "")
@@ -69,7 +80,8 @@ def lowest_losses(folder):
     """[(lowest finite eval_loss of a trial, its configuration)], the lowest first."""
     found = []
     for path in folder.glob("tune/*/result.json"):
-        reports = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = path.read_text().split("\n")
+        reports = [json.loads(line) for line in lines if line.endswith("}")]  # not one that a kill cut off
         losses = [report["eval_loss"] for report in reports if math.isfinite(report["eval_loss"])]
         if losses:
             found.append((min(losses), reports[0]["config"]["train_loop_config"]))
@@ -83,8 +95,9 @@ def compare(best, seeds, again):
     best: [(loss in the search, configuration)]; again: [(loss, configuration with its seed)].
     """
     losses = [[x for x, other in again if other == config | {"seed": other["seed"]}] for _, config in best]
+    losses = [each or [math.inf] for each in losses]  # if it diverged with every seed
     means = [statistics.mean(each) for each in losses]
-    spreads = [statistics.stdev(each) if seeds > 1 else math.nan for each in losses]
+    spreads = [statistics.stdev(each) if len(each) > 1 else math.nan for each in losses]
     yield f"{len(best)} configuration(s), {seeds} seed(s) each; lowest eval_loss:"
     yield "in the search  mean     spread   lowest   highest"
     for (loss, config), mean, spread, each in zip(best, means, spreads, losses, strict=True):
@@ -101,10 +114,12 @@ def compare(best, seeds, again):
 
 
 def main():
-    chosen = asked(lesson.read_settings(os.environ))
-    lesson.main()
+    if "--run-dir" not in sys.argv[:-1]:
+        return lesson.main()  # says how to call it
     run_dir = Path(sys.argv[sys.argv.index("--run-dir") + 1])
-    for line in compare(*chosen, lowest_losses(run_dir)):
+    best, seeds = chosen(lesson.read_settings(os.environ), run_dir)
+    lesson.main()
+    for line in compare(best, seeds, lowest_losses(run_dir)):
         lesson.say(f"seeds: {line}")
 
 
