@@ -9,15 +9,14 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import ask
 import pytest
+import saved_model
 import torch
 from conftest import REPO, call, load_module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MANUAL = REPO / "scripts/manual_hpo/bloom_hpo_manual.py"
-sys.path.insert(0, str(MANUAL.parent))
-import ask
-import saved_model
 
 
 def train(scripts, demo, folder, *options, stage=2, workers=2):
