@@ -257,14 +257,34 @@ def command_of(pid):
         return ""
 
 
+def users_of(folder):
+    """Processes with an open file below a folder, deleted ones too."""
+    found = set()
+    for descriptor in glob.glob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            if os.readlink(descriptor).startswith(folder):
+                found.add(int(descriptor.split("/")[2]))
+    return found
+
+
 def processes(*jobs):
-    """Command lines of all processes of these jobs' Ray."""
+    """Command lines of all processes of these jobs, also of one that has lost its mark."""
     marks = [f" {role} {job}" for job in jobs for role in ("head", "worker")]
-    return [command_of(pid) for pid in pids(*marks)]
+    return [command_of(pid) for pid in {*pids(*marks), *(p for job in jobs for p in users_of(f"/tmp/ray_{job}."))}]
 
 
-def nothing_left(*jobs):
-    return not processes(*jobs) and not [f for job in jobs for f in glob.glob(f"/tmp/ray_{job}.*")]
+def left_by(*jobs):
+    """What jobs have left behind: command lines of processes, folders."""
+    return processes(*jobs) + [folder for job in jobs for folder in glob.glob(f"/tmp/ray_{job}.*")]
+
+
+def nothing_is_left(cluster, *jobs, seconds=60):
+    """Waits for the queue to be empty, and all of head jobs and of their workers to be gone."""
+    workers = [worker for job in jobs for worker in cluster.workers(job)]
+    left = lambda: cluster("squeue", "--noheader").splitlines() + left_by(*jobs, *workers)
+    with contextlib.suppress(AssertionError):
+        wait_for(lambda: not left(), seconds, "jobs, processes and folders to be gone")
+    assert left() == []
 
 
 def best_of(log):

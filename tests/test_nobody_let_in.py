@@ -20,7 +20,7 @@ from conftest import (
     SPACE,
     copy_of_the_course,
     job_of,
-    nothing_left,
+    left_by,
     pids,
     wait_for,
 )
@@ -73,7 +73,7 @@ def running(demo, tmp_path_factory):
     finally:
         head.terminate()
         status = head.wait(30)
-    assert status == 143 and nothing_left(job)
+    assert status == 143 and left_by(job) == []
 
 
 def probe(what, running, stranger):

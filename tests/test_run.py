@@ -27,11 +27,13 @@ from conftest import (
     command_of,
     copy_of_the_course,
     job_of,
-    nothing_left,
+    left_by,
+    nothing_is_left,
     pids,
     quickstart,
     seconds_of,
     table_of,
+    users_of,
     wait_for,
 )
 
@@ -107,7 +109,7 @@ def test_the_exercise_on_the_sandbox(whole_run):
     # Workers left when they were told to, and nothing is left.
     told = (run_dir / "shutdown.txt").stat().st_mtime
     assert held[1] - told < 5
-    assert nothing_left(job, worker)
+    assert left_by(job, worker) == []
     assert not (run_dir / "token").exists()
     of_worker = cluster.log(worker, "worker")
     assert token not in log + of_worker + str(record) + str(end) and "START" in of_worker and "FINISH" in of_worker
@@ -190,7 +192,7 @@ def test_a_worker_job_that_cannot_serve_ends_the_run_with_the_reason(cluster, de
     job = cluster.submit(**SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")} | variables)
     assert cluster.wait_for_end(job, 60)["ExitCode"] == "1:0"
     assert said in cluster.log(job) and "FINISH" in cluster.log(job)
-    wait_for(lambda: nothing_left(job) and not cluster("squeue", "--noheader"), 10, "everything to be gone")
+    nothing_is_left(cluster, job, seconds=10)
 
 
 @pytest.mark.parametrize("moment", ["START  :", "worker 1/1 joined", "Best Trial Result"])
@@ -204,9 +206,7 @@ def test_cancelled_at_any_moment_nothing_is_left(cluster, demo, squad, moment):
     assert end["JobState"] == "CANCELLED" and end["ExitCode"] == "143:0"
     assert re.search(rf"===== JOB {job} FINISH : .* =====\n\Z", cluster.log(job))
     assert not re.search("SIGTERM received|Killed|Traceback", cluster.log(job))
-    workers = cluster.workers(job)
-    gone = lambda: not cluster("squeue", "--noheader") and nothing_left(job, *workers)
-    wait_for(gone, 30, "jobs, processes and folders to be gone")
+    nothing_is_left(cluster, job, seconds=30)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_quickstart(quick_run):
     losses = [min(report["eval_loss"] for report in reported) for reported in reports.values()]
     assert max(losses) > 2 * min(losses)  # the learning rate matters
     assert log == (course / f"logs/ray_head_bloom_5epochs-{job}.out").read_text()
-    assert nothing_left(job)
+    assert left_by(job) == []
 
 
 def decisions(run_dir):
@@ -277,7 +277,7 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
     values_of = lambda row: [row[key] for key in row if key.startswith("train_loop_config")]
     drawn = lambda log: {row["Trial name"][-5:]: values_of(row) for row in table_of(log)}
     assert drawn(second) == {number: values for number, values in drawn(log).items() if int(number) < 5}
-    assert nothing_left(job, job_of(second))
+    assert left_by(job, job_of(second)) == []
 
 
 def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(slurm, course, demo, container):
@@ -304,7 +304,7 @@ def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(slurm, course,
     for log in logs:
         check_log(log, job_of(log))
         check_results(log, course / "runs" / job_of(log), trials=3, epochs=2)
-        assert nothing_left(job_of(log))
+        assert left_by(job_of(log)) == []
 
 
 def test_a_misspelt_hyperparameter_is_refused_before_anything_starts(course, demo):
@@ -344,8 +344,11 @@ def test_interrupted_on_a_laptop_nothing_is_left(course, demo, container):
         head = subprocess.Popen(["bash", HEAD], cwd=course, env=environ, stdout=terminal, stderr=subprocess.STDOUT,
                                 start_new_session=True)  # fmt: skip
     wait_for(lambda: "  started" in output.read_text(), 120, "the first trial")
+    job = job_of(output.read_text())
+    of_ray, marked = users_of(f"/tmp/ray_{job}."), pids(f" head {job}")
+    assert len(of_ray) > 10 and not [command_of(pid) for pid in of_ray if pid not in marked and command_of(pid)]
     os.killpg(head.pid, signal.SIGINT)  # what Ctrl-C does
     assert head.wait(30) == 130
     log = output.read_text()
     assert re.search(r"FINISH : .* =====\n\Z", log)
-    assert nothing_left(job_of(log))
+    assert left_by(job) == []

@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from conftest import REPO, call, load_module, nothing_left, reports_of, table_of
+from conftest import REPO, call, left_by, load_module, reports_of, table_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 import scale
@@ -45,4 +45,4 @@ def test_more_than_a_hundred_trials_have_a_line_and_a_row_each_and_leave_no_proc
     late = run.looks[-1][1]["processes"]
     assert late <= early + 2  # a process that Ray keeps idle may come and go
     assert not list(run.folder().glob("tune/.*.new"))
-    assert nothing_left(run.job)
+    assert left_by(run.job) == []

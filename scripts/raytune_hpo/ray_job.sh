@@ -158,7 +158,7 @@ likely_cause() {                                       # that Ray itself does no
 }
 
 owned() {                                              # run a command whose process tree end_owned can find
-    exec env HPO_OWNER="$RUN_DIR $ROLE $JOB" "$@"
+    exec env HPO_OWNER="$RUN_DIR $ROLE $JOB" SPT_NOENV=1 "$@"   # some of Ray's write their title over it without SPT_NOENV
 }
 
 owned_pids() {
