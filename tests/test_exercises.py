@@ -16,7 +16,8 @@ from conftest import (
     edit,
     exercise,
     fenced,
-    nothing_left,
+    nothing_is_left,
+    pids,
     reports_of,
     table_of,
     wait_for,
@@ -129,8 +130,7 @@ def test_a_second_worker_joins_and_the_first_is_killed(slurm, course, demo):
     assert f"worker job {first} has ended before the search" in text
     assert f"worker job {added} has ended" not in text and f"worker job {added} held its node for" in text
     assert len(table_of(text)) == 3
-    gone = lambda: not student("squeue", "--noheader") and nothing_left(job, *student.workers(job), added)
-    wait_for(gone, 60, "everything to be gone")
+    nothing_is_left(student, job, added)
 
 
 def test_asha_against_the_manual_grid(done):
@@ -179,12 +179,20 @@ def test_lora_and_its_adapter_as_a_model_that_answers(student):
     submit, save = fenced(exercise(13), "bash")
     student.types(submit)
     assert set(re.findall(r"lora_rank (\d+)", student.runs())) <= {"2", "8", "32"}
-    student.types(save)
     manual, run = student.folder.parents[2] / "manual", student.folder / "runs" / student.shell["job"]
+    student.types(save)  # cancelled while it trains, it leaves no part of a model and no process
+    cancelled = student.shell["save"]
+    log = manual / f"logs/save_best-{cancelled}.out"
+    wait_for(lambda: log.exists() and "epoch 1/" in log.read_text(), 120, "the first epoch")
+    student("scancel", cancelled)
+    assert student.wait_for_end(cancelled, 60)["JobState"] == "CANCELLED"
+    wait_for(lambda: "FINISH" in log.read_text(), 30, "FINISH")
+    assert not [path for path in run.iterdir() if "model" in path.name] and not pids(f" save {cancelled}")
+    student.types(save)
     ended = student.wait_for_end(student.shell["save"], 240)
     log = (manual / f"logs/save_best-{student.shell['save']}.out").read_text()
     assert ended["JobState"] == "COMPLETED", log
     assert "FINISH" in log.splitlines()[-1]
     assert (run / "model/adapter_model.safetensors").exists() and log.count("    model: ") == 10
     assert "| Exact Match (%) | F1 (%) | Loss |" in (run / "tables.md").read_text()
-    assert not list(manual.glob("logs/*.err"))
+    assert not (manual / f"logs/save_best-{student.shell['save']}.err").exists()

@@ -7,6 +7,7 @@ import statistics
 
 import forecast
 import pytest
+from conftest import call
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
 
@@ -87,11 +88,18 @@ def test_minutes_that_are_none_are_told_and_the_epochs_all_the_same(search, monk
     assert f"MINUTES_PER_EPOCH='{text}' is not a number above 0" in lines(search())
 
 
+def test_a_wrong_variable_is_one_line(monkeypatch):
+    monkeypatch.setenv("NUM_SAMPLES", "x")
+    run = call(forecast)
+    assert run.returncode == 2 and run.stderr.startswith("ERROR: NUM_SAMPLES='x': is not a whole number")
+    assert len(run.stderr.splitlines()) == 1 and not run.stdout
+
+
 def test_without_the_variable_the_newest_fitting_run_tells(search, monkeypatch, tmp_path):
     monkeypatch.setattr(forecast, "RUNS", tmp_path)
     s, find = search(), lambda: forecast.minutes_per_epoch(s, tmp_path)
     monkeypatch.delenv("MINUTES_PER_EPOCH", raising=False)
-    assert find() == (None, "no earlier run with this model and data; MINUTES_PER_EPOCH=... tells them")
+    assert find() == (None, "no earlier run has this model and data; to know, set MINUTES_PER_EPOCH")
     settings = {name: str(getattr(s, name)) for name in forecast.SAME}
     trials = [{"runtime_s": 300, "epochs": 5}, {"runtime_s": 60, "epochs": 1}, {"runtime_s": None, "epochs": 0}]
     run = lambda job, settings, trials: json.dumps([{"job": job, "settings": settings, "trials": trials}])

@@ -69,6 +69,17 @@ def test_a_node_that_cannot_train_says_why_in_one_line(tmp_path, node, said):
     assert status == 1 and said in text and text.startswith("ERROR: ") and len(text.splitlines()) == 1
 
 
+def test_a_gpu_that_hangs_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    node = load_module(NODE)
+    (tmp_path / "torch.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("GPUS_PER_WORKER", raising=False)
+    monkeypatch.setattr(node, "DRIVERS", ("/dev/null",))
+    monkeypatch.setattr(node, "TORCH_SECONDS", 1)
+    with pytest.raises(SystemExit, match="ERROR: PyTorch gives no answer on this node within 1 s"):
+        node.find_gpus()
+
+
 @pytest.mark.parametrize("count, node, workers", [
     (1, {}, "1"), (2, {}, "2"), (0, {}, "2"), (1, {"GPUS_PER_WORKER": "0"}, "2"), (1, {"WORKERS_PER_TRIAL": "2"}, "2"),
     (1, {"name": SLICE["name"]}, "1"), (1, {"torch": "raise OSError"}, "2"),

@@ -120,6 +120,22 @@ def test_a_full_disk_leaves_the_model_before_as_it_was(base, demo, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_an_older_model_is_there_again_if_the_new_one_cannot_take_its_place(base, demo, tmp_path, monkeypatch):
+    keep(tmp_path / "model", base, demo)
+    before, rename = (tmp_path / "model/training.json").read_text(), os.rename
+
+    def fails(source, target):
+        if os.path.basename(source).startswith(".model."):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(saved_model.InputError, match="Input/output error; the folder is as it was"):
+        keep(tmp_path / "model", base, demo)
+    assert (tmp_path / "model/training.json").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_what_ends_a_training_leaves_no_part_of_a_model(base, tmp_path):
     with pytest.raises(SystemExit), saved_model.NewModel(tmp_path / "new/model") as new:
         new.keep(base)
@@ -195,6 +211,23 @@ def test_the_score_of_a_kept_model_beside_its_base(kept, tmp_path, monkeypatch):
     (_, before), (_, after) = json.loads((tmp_path / "scores.json").read_text()).items()
     assert before["questions"] == after["questions"] == 20 and len(run.stdout.splitlines()) == 3
     assert before["exact_match"] == 0 and after["exact_match"] > 10 and after["eval_loss"] < before["eval_loss"] - 1
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{half", '{"settings": 1}'])
+def test_a_folder_that_save_has_not_written_is_told(tmp_path, text):
+    (tmp_path / "training.json").write_text(text)
+    run = call(load_module(REPO / "scripts/manual_hpo/ask.py"), tmp_path)
+    assert run.returncode == 2 and "no training.json in this folder" in run.stderr and len(run.stderr.splitlines()) == 1
+
+
+def test_data_that_is_no_longer_there_is_one_line(kept, tmp_path):
+    shutil.copytree(kept[0], tmp_path / "model")
+    training = json.loads((tmp_path / "model/training.json").read_text())
+    (tmp_path / "data").mkdir()
+    training["settings"]["SQUAD_DATA"] = str(tmp_path / "data")
+    (tmp_path / "model/training.json").write_text(json.dumps(training))
+    run = call(load_module(REPO / "scripts/manual_hpo/ask.py"), tmp_path / "model")
+    assert run.returncode == 2 and str(tmp_path / "data") in run.stderr and len(run.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("variables, options, said", [

@@ -27,7 +27,7 @@ import raytune_asha_hpo as hpo
 from check_inputs import InputError
 
 MAX_LENGTH = 512  # tokens of prompt and answer, as in the training
-NEW_TOKENS = 48  # of an answer, at most: more than 99 in 100 of SQuAD's have
+NEW_TOKENS = 48  # of an answer, at most
 AT_ONCE = 8  # questions in a batch
 
 
@@ -91,11 +91,11 @@ def batches(rows):
 
 
 # ---- Questions and scores --------------------------------------------------------------------------------
-def training_of(folder):
-    """What --save has written about a model. Raises InputError if it was not kept by --save."""
+def settings_of(folder):
+    """The settings that a kept model was trained with. Raises InputError if it was not kept by --save."""
     try:
-        return json.loads(Path(folder, "training.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return SimpleNamespace(**json.loads(Path(folder, "training.json").read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, LookupError, TypeError):
         why = "no training.json in this folder; give one that bloom_hpo_manual.py --save wrote"
         raise InputError(f"MODEL_FOLDER={str(folder)!r}: {why}") from None
 
@@ -137,12 +137,12 @@ def score(model, rows):
 
 
 def table(scores):
-    width = max(map(len, scores))
+    width = max(34, *map(len, scores))
     n = next(iter(scores.values()))["questions"]
     yield f"{f'{n} questions that no trial has seen':<{width}}  exact match     F1  loss and its standard error"
     for name, found in scores.items():
         loss = f"{found['eval_loss']:.3f} +- {found['standard_error']:.3f}"
-        yield f"{name:<{max(width, 34)}}  {found['exact_match']:>9.1f} %  {found['f1']:>4.1f} %  {loss}"
+        yield f"{name:<{width}}  {found['exact_match']:>9.1f} %  {found['f1']:>4.1f} %  {loss}"
 
 
 # ---- Command line ----------------------------------------------------------------------------------------
@@ -166,8 +166,7 @@ def main():
     """Returns the exit status: 0 success, 2 bad input (one line)."""
     a = parse()
     try:
-        training = training_of(a.folders[0])
-        s = SimpleNamespace(**training["settings"])
+        s = settings_of(a.folders[0])
         if a.question is not None:
             row = {"context": a.context, "question": a.question}
             print(Model(a.folders[0], s.CHAT_TEMPLATE).answers([row])[0])
@@ -190,8 +189,8 @@ def main():
             for row, answer in zip(rows, Model(a.folders[0], s.CHAT_TEMPLATE).answers(rows), strict=True):
                 right = " | ".join(dict.fromkeys(row["answers"]["text"]))
                 print(f"{row['question']}\n    right: {right}\n    model: {answer or '(nothing)'}")
-    except InputError as error:
-        print(f"ERROR: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:  # model or data of the training are no longer there; the disk is full
+        print(f"ERROR: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0
 

@@ -24,6 +24,7 @@ TOOLS = Path(__file__).resolve().parents[1] / "raytune_hpo"
 sys.path[:0] = [str(TOOLS), str(TOOLS / "raytune_asha_scheduler")]
 import check_inputs
 import raytune_asha_hpo as hpo
+import read_run
 import saved_model
 from check_inputs import InputError
 
@@ -35,20 +36,10 @@ def best_configuration(run_folder):
 
     Raises InputError if there is none.
     """
-    best = (math.inf, None)
-    for path in sorted(Path(run_folder).glob("tune/*/result.json")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                report = json.loads(line)
-                loss, drawn = report["eval_loss"], dict(report["config"]["train_loop_config"])
-                if loss < best[0]:  # false for NaN
-                    best = (loss, drawn)
-            except (ValueError, KeyError, TypeError):
-                continue  # a line half written: the search runs, or was ended there
-    if best[1] is None:
-        why = "no results of a search in this folder"
-        raise InputError(f"--best={str(run_folder)!r}: {why}; give one such as runs/<jobid>")
-    return best[1]
+    if found := read_run.lowest_losses(run_folder):
+        return found[0][1]
+    why = "no results of a search in this folder"
+    raise InputError(f"--best={str(run_folder)!r}: {why}; give one such as runs/<jobid>")
 
 
 def settings_of(run_folder):

@@ -91,17 +91,26 @@ class NewModel:
             (self.new / "README.md").write_text(CARD.format(**vars(s) | training | known | {"hyperparameters": drawn}))
             kept = training | {"run": self.run, "settings": vars(s)}
             (self.new / "training.json").write_text(json.dumps(kept, indent=1, default=str))
-            old = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent), "old")
-            if self.folder.exists():
-                os.rename(self.folder, old)
             readable = 0o777 & ~umask()  # mkdtemp and safetensors make them for the owner alone
             self.new.chmod(readable)
             for path in self.new.iterdir():
                 path.chmod(readable & 0o666)
-            os.rename(self.new, self.folder)
-            shutil.rmtree(old.parent, ignore_errors=True)
+            self.replace()
         except Exception as error:  # noqa: BLE001  as in keep()
             self.failed(error)
+
+    def replace(self):
+        """Puts the new folder in the older one's place; the older one is there again if that fails."""
+        before = self.folder.with_name(f"{self.folder.name}.before")
+        if self.folder.exists():
+            os.rename(self.folder, before)
+        try:
+            os.rename(self.new, self.folder)
+        except OSError:
+            if before.exists():
+                os.rename(before, self.folder)
+            raise
+        shutil.rmtree(before, ignore_errors=True)
 
     def failed(self, error):
         why = getattr(error, "strerror", None) or str(error).splitlines()[0]

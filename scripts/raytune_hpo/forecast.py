@@ -23,9 +23,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "raytune_asha_scheduler"))
-import raytune_asha_hpo as lesson
+import check_inputs
 
+lesson = check_inputs.lesson
 RUNS = Path(__file__).resolve().parents[2] / "experiments/raytune/scheduler/asha/runs"
 SAME = ("MODEL_NAME", "SQUAD_DATA", "TRAIN_SAMPLES", "EVAL_SAMPLES", "WORKERS_PER_TRIAL", "PRECISION")
 EPOCHS = 60_000  # simulated at most, so that it takes a second or two; a search of more epochs has no forecast
@@ -110,7 +110,7 @@ def minutes_per_epoch(s, runs=RUNS):
             return sum(t["runtime_s"] for t in known) / sum(t["epochs"] for t in known) / 60, f"run {run['job']}"
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
             continue  # not such a file, or a run without epochs
-    return None, "no earlier run with this model and data; MINUTES_PER_EPOCH=... tells them"
+    return None, "no earlier run has this model and data; to know, set MINUTES_PER_EPOCH"
 
 
 def amount(minutes, unit=""):
@@ -129,7 +129,7 @@ def lines(s, slots, Gw):
     yield f"{low} to {high} of {most} epochs, {mean:.0f} on average, with {slots} trial(s) at once"
     minutes, source = minutes_per_epoch(s)
     if minutes is None:
-        yield f"how long that takes is not known: {source}"
+        yield f"time and GPU-hours are not known: {source}"
         return
     unit, at_most = "GPU-" if each else "slot-", math.ceil(s.NUM_SAMPLES / slots) * s.NUM_EPOCHS
     about, most = ((amount(time * minutes), amount(epochs * max(1, each) * minutes, unit))
@@ -145,9 +145,15 @@ def main():
     parser.add_argument("--Gw", type=int, default=1, metavar="N", help="GPUs of each worker; 0 on CPUs (default 1)")
     a = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" is no error
-    for line in lines(lesson.read_settings(os.environ), max(1, a.slots), a.Gw):
+    try:
+        s = check_inputs.check(os.environ, look_inside=False)
+    except check_inputs.InputError as error:
+        print(*(f"ERROR: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        return 2
+    for line in lines(s, max(1, a.slots), a.Gw):
         print(f"forecast: {line}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -468,7 +468,7 @@ def read_folder(folder):
     if not found:
         raise NotALog(f"{folder}: not a run folder (no tune/<trial>/params.json); give runs/<jobid> or a log")
     run.source = str(folder)
-    with contextlib.suppress(OSError, ValueError):  # save_best.slurm writes it, later
+    with contextlib.suppress(OSError, ValueError, TypeError):  # save_best.slurm writes it, later
         run.scores = dict(json.loads((folder / "scores.json").read_text(encoding="utf-8")))
     if not log.is_file():
         run.notes.append(f"no log {log.name}: no job times; how a trial ended is told by its epochs")
@@ -498,6 +498,23 @@ def read_folder(folder):
         if not log.is_file():
             trial.status = trial.status or "ended"
     return run
+
+
+def lowest_losses(folder):
+    """[(lowest finite eval_loss of a trial, its train_loop_config)] of a run folder, the lowest first."""
+    found = []
+    for path in sorted(Path(folder).glob("tune/*/result.json")):
+        best = None
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                report = json.loads(line)
+                loss, drawn = report["eval_loss"], dict(report["config"]["train_loop_config"])
+                if math.isfinite(loss) and (best is None or loss < best[0]):
+                    best = loss, drawn
+            except (ValueError, KeyError, TypeError):
+                continue  # a line half written: the search runs, or was ended there
+        found += [best] if best else []
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def parse(text, exit_status=None):

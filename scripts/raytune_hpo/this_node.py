@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, Windows' under WSL
+TORCH_SECONDS = 300  # for PyTorch to be imported from a busy file system, and to compute once
 
 # Counting is not enough: a build of PyTorch without kernels for this GPU sees it, and fails at the first sum. Of
 # several MIG slices a process sees one.
@@ -95,7 +96,11 @@ def ask_torch(code):
 
 def run_python(code, without=None):
     env = {name: value for name, value in os.environ.items() if name != without}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    try:
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False,
+                              timeout=TORCH_SECONDS)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return fail(f"PyTorch gives no answer on this node within {TORCH_SECONDS} s; is its GPU or file system hung?")
 
 
 # ---- CPUs and processes ----------------------------------------------------------------------------------

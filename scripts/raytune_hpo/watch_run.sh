@@ -8,7 +8,7 @@ REPLACED=0
 declare -A ANNOUNCED=() ENDED=() TOLD=()               # workers that joined; that ended too early; reasons told
 QUEUE=""                                               # "job state reason" of the workers that have not ended, as of the last look
 NEXT_LOOK=0 NEXT_WRITE=0                               # seconds; when to look at the queue and at the disk again
-JOINED=""                                              # has a worker ever?
+JOINED="" SERVING=""                                   # has a worker ever? does one serve, as of the last look?
 LAST_SERVED=0 NEXT_TOLD=10                             # seconds: when a worker last served trials; of waiting, after which a line tells
 
 # ---- Which run is it? ------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ check_capacity() {                                     # of the first worker job
 
 forecast() {                                           # of the lesson's search, while Ray starts and not in its way; without SLOTS nobody knows
     [[ -n ${SLOTS:-} && -z ${SEARCH_SCRIPT:-} ]] || return 0
-    (owned nice python "$TOOLS/forecast.py" --slots "$SLOTS" --Gw "$Gw" 2>/dev/null) | while IFS= read -r line; do say "$line"; done
+    (owned timeout 60 nice python "$TOOLS/forecast.py" --slots "$SLOTS" --Gw "$Gw" 2>/dev/null) | while IFS= read -r line; do say "$line"; done
 }
 
 queued_workers() {                                     # prints QUEUE anew; 1: Slurm is busy
@@ -171,7 +171,7 @@ announce_workers() {                                   # "worker 1/2 joined", on
     done
     for file in "$RUN_DIR"/joined-*; do
         [[ -e $file && -z ${ANNOUNCED[$file]:-} ]] || continue
-        ANNOUNCED[$file]=yes JOINED=yes
+        ANNOUNCED[$file]=yes JOINED=yes SERVING=yes
         job=${file##*/joined-}
         [[ " ${WORKER_JOBS[*]} " == *" $job "* ]] || WORKER_JOBS+=("$job")   # a user has submitted it: now it is ours
         say "worker ${#ANNOUNCED[@]}/${#WORKER_JOBS[@]} joined: $(<"$file")"
@@ -181,36 +181,37 @@ announce_workers() {                                   # "worker 1/2 joined", on
 # Replaces workers that ended too early, REPLACEMENTS times for each node; their trials start again on other nodes by themselves.
 # 1: no worker can come any more, or none has served for WORKER_DEADLINE seconds. If none has ever joined, that is the end.
 mind_workers() {
-    local job waited serving="" what="another worker"
-    look_at_queue || return 0
-    if [[ -z $JOINED ]]; then
-        what="the first worker to join"
-        tell_who_ended "${WORKER_JOBS[@]:0:${#WORKER_JOBS[@]}-1}"
-        [[ -n $QUEUE ]] || compgen -G "$RUN_DIR/joined-*" >/dev/null ||
-            fail "no worker joined and none is queued; the last one says: $(last_words "${WORKER_JOBS[-1]}")"
-    else
-        tell_who_ended "${WORKER_JOBS[@]}"
-        while ((REPLACED < ${#ENDED[@]} && REPLACED < REPLACEMENTS * WORKER_NODES)); do
-            REPLACED=$((REPLACED + 1))
-            submit_worker || say "sbatch refused to replace it (its message is above)"
-        done
-    fi
-    for job in "${WORKER_JOBS[@]}"; do
-        [[ ! -e $RUN_DIR/joined-$job ]] || ! grep -q "^$job RUNNING" <<<"$QUEUE" || serving=yes
-    done
+    local job waited what="another worker"
+    [[ -n $JOINED ]] || what="the first worker to join"
+    [[ -z $SERVING ]] || LAST_SERVED=$SECONDS NEXT_TOLD=10
     waited=$((SECONDS - LAST_SERVED))
-    if [[ -n $serving ]]; then
-        LAST_SERVED=$SECONDS NEXT_TOLD=10
-    elif ((${#ENDED[@]} == ${#WORKER_JOBS[@]})); then
-        say "no worker is left, and $REPLACED have been replaced already"
-        return 1
-    elif ((waited > WORKER_DEADLINE)); then
+    if ((waited > WORKER_DEADLINE)); then
         echo "ERROR: waited $WORKER_DEADLINE s (WORKER_DEADLINE) for $what; giving up"
         [[ -n $JOINED ]] || exit 1
         return 1
     elif ((waited >= NEXT_TOLD)); then
-        NEXT_TOLD=$((waited / 60 * 60 + 60))
-        say "waiting for $what: $waited s of $WORKER_DEADLINE s"
+        say "waiting for $what: $NEXT_TOLD s of $WORKER_DEADLINE s"
+        NEXT_TOLD=$((NEXT_TOLD / 60 * 60 + 60))
+    fi
+    look_at_queue || return 0
+    if [[ -z $JOINED ]]; then
+        tell_who_ended "${WORKER_JOBS[@]:0:${#WORKER_JOBS[@]}-1}"
+        [[ -n $QUEUE ]] || compgen -G "$RUN_DIR/joined-*" >/dev/null ||
+            fail "no worker joined and none is queued; the last one says: $(last_words "${WORKER_JOBS[-1]}")"
+        return 0
+    fi
+    tell_who_ended "${WORKER_JOBS[@]}"
+    while ((REPLACED < ${#ENDED[@]} && REPLACED < REPLACEMENTS * WORKER_NODES)); do
+        REPLACED=$((REPLACED + 1))
+        submit_worker || say "sbatch refused to replace it (its message is above)"
+    done
+    SERVING=""
+    for job in "${WORKER_JOBS[@]}"; do
+        [[ ! -e $RUN_DIR/joined-$job ]] || ! grep -q "^$job RUNNING" <<<"$QUEUE" || SERVING=yes
+    done
+    if ((${#ENDED[@]} == ${#WORKER_JOBS[@]})); then
+        say "no worker is left, and $REPLACED have been replaced already"
+        return 1
     fi
 }
 

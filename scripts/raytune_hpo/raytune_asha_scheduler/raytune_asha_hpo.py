@@ -41,7 +41,7 @@ VARIABLES = {  # name: (default, how its text is read, meaning)
     "NUM_SAMPLES": ("12", int, "trials"),
     "NUM_EPOCHS": ("5", int, "epochs of a trial that is never stopped (ASHA's max_t)"),
     "MODEL_NAME": ("bigscience/bloom-560m", str, "model: hub id or local folder"),
-    "SQUAD_DATA": ("rajpurkar/squad", str, "data: hub id, or folder of SQuAD's JSON, or with {train,dev}.jsonl"),
+    "SQUAD_DATA": ("rajpurkar/squad", str, "data: hub id, or folder of SQuAD's JSON or {train,dev}.jsonl"),
     "TRAIN_SAMPLES": ("1000", int, "training questions, drawn with SEED"),
     "EVAL_SAMPLES": ("100", int, "validation questions, drawn with SEED"),
     "CHAT_TEMPLATE": ("0", int, "1: prompts in the chat template of the model's tokenizer"),

@@ -23,8 +23,10 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "raytune_asha_scheduler"))
+TOOLS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TOOLS), str(TOOLS / "raytune_asha_scheduler")]
 import raytune_asha_hpo as lesson
+from read_run import lowest_losses
 
 SAME = ("MODEL_NAME", "SQUAD_DATA", "TRAIN_SAMPLES", "EVAL_SAMPLES", "CHAT_TEMPLATE", "NUM_EPOCHS",
         "WORKERS_PER_TRIAL", "PRECISION", "SEED")  # what a loss depends on, beside the hyperparameters
@@ -74,18 +76,6 @@ def asked(s):
         why = f"{given} has {len(found)} trials with a loss; set at most {len(found) * seeds}"
         sys.exit(f"ERROR: NUM_SAMPLES='{s.NUM_SAMPLES}': {why}")
     return found[: s.NUM_SAMPLES // seeds], seeds
-
-
-def lowest_losses(folder):
-    """[(lowest finite eval_loss of a trial, its configuration)], the lowest first."""
-    found = []
-    for path in folder.glob("tune/*/result.json"):
-        lines = path.read_text().split("\n")
-        reports = [json.loads(line) for line in lines if line.endswith("}")]  # not one that a kill cut off
-        losses = [report["eval_loss"] for report in reports if math.isfinite(report["eval_loss"])]
-        if losses:
-            found.append((min(losses), reports[0]["config"]["train_loop_config"]))
-    return sorted(found, key=lambda pair: pair[0])
 
 
 # ---- What it shows -----------------------------------------------------------------------------------------
