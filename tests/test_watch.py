@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 import weakref
 
@@ -238,3 +239,34 @@ def test_without_rich_one_line_says_what_to_install(log):
     answer = subprocess.run([sys.executable, "-E", "-s", "-S", REPO / TOOL, "--watch", log], text=True,
                             capture_output=True, check=False)  # fmt: skip
     assert answer.returncode == 2 and "--watch needs the package rich; run: bash scripts/setup_env.sh" in answer.stderr
+
+
+# ---- With a report -----------------------------------------------------------------------------------------
+def test_the_report_is_drawn_again_while_the_job_runs_and_at_its_end(log, tmp_path, monkeypatch):
+    folder, page = tmp_path / "pictures", tmp_path / "pictures/report.html"
+    log.write_text(STEPS[1])
+    monkeypatch.setattr(watch_log, "REDRAWN", 0)
+    seen = []
+
+    def student():  # the log grows each time that the report shows it as it is
+        for stopped, content in ((0, STEPS[3]), (1, COMPLETE)):
+            shown = lambda n=stopped: page.exists() and page.read_text().count("<td>stopped by ASHA") == n
+            wait_for(shown, 60, f"a report with {stopped} stopped trials")
+            seen.append(page.read_text())
+            log.write_text(content)
+
+    writer = threading.Thread(target=student)
+    writer.start()
+    run = call(fill_tables, "--watch", log, "--plots", folder)
+    writer.join()
+    assert run.returncode == 0 and f"pictures and report: {page}" in run.stdout
+    reload = '<meta http-equiv="refresh" content="60">'
+    assert len(seen) == 2 and all(reload in text for text in seen) and reload not in page.read_text()
+    assert page.read_text().count("<td>stopped by ASHA") == COMPLETE.count("stopped    by ASHA")
+
+
+def test_a_report_that_cannot_be_written_is_one_line(log, tmp_path):
+    log.write_text(COMPLETE)
+    (tmp_path / "file").write_text("")
+    run = call(fill_tables, "--watch", log, "--plots", tmp_path / "file")
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "cannot be written" in run.stderr

@@ -236,11 +236,12 @@ def page(run, tables, body):
     """report.html as text. The browser refuses any request that a page with this policy makes."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     title, top = f"Search {html.escape(run.job)}", []
+    reload = "" if run.finish or not run.start else '<meta http-equiv="refresh" content="60">'
     for name, header, rows, below in tables:
         top += [f"<h2>{html.escape(name)}</h2>", table(header, rows) if header else ""]
         top += [f"<p>{html.escape(line)}</p>" for line in below]
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-            '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+            f'{reload}<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
             f"<style>{REPORT_STYLE}</style></head><body>\n<h1>{title}</h1>\n"
             + "\n".join(top) + f"\n{body}\n</body></html>\n")

@@ -42,9 +42,6 @@ SCORES = ["Exact Match (%)", "F1 (%)", "Loss"]  # of ask.py --score, on question
 
 
 # ============================================================================================================
-# Figures of a run
-# ============================================================================================================
-# ============================================================================================================
 # Tables: lists of (title, header, rows, lines below), for Markdown and HTML alike
 # ============================================================================================================
 def sections(run):
@@ -289,13 +286,14 @@ def options():
     add("--compare", action="store_true",
         help="print what the runs cost, against the first (the manual grid, say), and which settings differ; "
              "with --plots DIR, draw their best loss over time and cost: DIR/compare.png")
-    add("--watch", action="store_true", help="show the trials of a running job until it ends; Ctrl-C stops it")
+    add("--watch", action="store_true", help="show the trials of a running job until it ends; Ctrl-C stops it; "
+        "with --plots DIR, its report is drawn again each minute, and a browser that shows it reloads it")
     add("--finish-now", action="store_true",
         help="for a job that is about to end: the current time is its FINISH, whatever its log says")
     add("--exit-status", metavar="N", type=int, help="with --finish-now: the job's exit status (default 0)")
     a = parser.parse_args()
-    if a.watch and (len(a.inputs) > 1 or any(v for k, v in vars(a).items() if k not in ("inputs", "watch"))):
-        parser.error("--watch takes one log or run folder and no other option")
+    if a.watch and (len(a.inputs) > 1 or any(v for k, v in vars(a).items() if k not in ("inputs", "watch", "plots"))):
+        parser.error("--watch takes one log or run folder and no other option than --plots")
     if a.compare and len(a.inputs) < 2:
         parser.error("--compare needs two runs or more")
     if a.study and len(a.inputs) > 1:
@@ -318,7 +316,7 @@ def main():
         except ImportError as error:
             print(f"ERROR: --watch needs the package {error.name}; run: bash scripts/setup_env.sh", file=sys.stderr)
             return 2
-        return watch(a.inputs[0])
+        return watch(a.inputs[0], a.plots)
     runs, status = [], 0
     for text in a.inputs:
         try:

@@ -5,6 +5,7 @@ import functools
 import itertools
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+REDRAWN = 60  # s between two drawings of a report, at least
 SETTLED = 5  # s: before that, a file without START may be a log that begins with what the site prints
 OPEN = ("running", "pending", "cut off", "not started")
 STYLES = {"running": "cyan", "stopped by ASHA": "dim", "FAILED": "red", "diverged": "red"}
@@ -117,12 +119,34 @@ def view(console, run, quiet=0, last="", room=50):
     return Group(*map(one_line, above), *([table] if trials else []), *map(one_line, below))
 
 
-def watch(text):
-    """Shows a log, or that of a run folder, until its job has ended. Returns the exit status."""
+class Report:
+    """The report of a job that runs, drawn by another process, so that the table goes on; the browser reloads it."""
+
+    def __init__(self, text, folder):
+        tool = Path(__file__).with_name("fill_tables.py")
+        self.command = [sys.executable, tool, "--plots", folder, "--tables", os.devnull, text]
+        self.process, self.next, self.drawn, self.error = None, 0, None, ""
+
+    def draw(self, run, now=False):
+        """Starts to draw, if the run has changed and a minute has passed; with now, waits and draws once more."""
+        if self.process and (now or self.process.poll() is not None):
+            self.error = self.process.communicate()[1]
+            self.process = None
+        changed = run is not self.drawn and time.monotonic() > self.next
+        if not self.process and (now or changed) and not self.error:
+            self.next, self.drawn = time.monotonic() + REDRAWN, run
+            self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                            start_new_session=True)  # fmt: skip  Ctrl-C is for the table
+            if now:
+                self.error = self.process.communicate()[1]
+
+
+def watch(text, folder=None):
+    """Shows a log, or that of a run folder, until its job has ended; keeps a report in a folder. -> exit status"""
     moving = sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
     console = Console(force_terminal=moving, markup=False, highlight=False, emoji=False)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by an exception, so that the terminal is restored
-    run, told, status = None, None, 0
+    run, told, status, report = None, None, 0, folder and Report(text, folder)
     try:
         path = Path(text)
         if not look(path):
@@ -132,6 +156,8 @@ def watch(text):
         with Live(console=console, screen=True, auto_refresh=False) if moving else contextlib.nullcontext() as live:
             for run, quiet, last in looks:
                 trials = run.trials.values()
+                if report and not run.finish:
+                    report.draw(run)
                 ended = [run.finish, sum(t.epochs for t in trials), sum(t.status not in OPEN for t in trials)]
                 if live:
                     hint = Text("Ctrl-C stops watching; the job keeps running", style="dim")
@@ -146,4 +172,10 @@ def watch(text):
         status = 130
     if moving and run:
         console.print(view(console, run, room=console.height - 10))  # stays, as that screen does not
+    if report and run and run.finish:
+        report.draw(run, now=True)
+        if report.error:
+            print(report.error.strip(), file=sys.stderr)
+            return 2
+        print(f"pictures and report: {folder}/report.html")
     return status
