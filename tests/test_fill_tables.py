@@ -390,17 +390,6 @@ def test_cut_columns(read, dots):
     assert [row["Batch Size (bs)"] for row in found["Table 2"]] == ["1", "2", "1"]
 
 
-def test_the_other_form_of_rays_table(read):
-    """One frame, columns between blanks, empty cells: what Ray prints by default. (Ray printed the file.)"""
-    found, _ = read(log_of((LOGS / "ray_default_table.txt").read_text(), finish=""))
-    assert [list(row.values()) for row in found["Table 2"]] == [
-        ["1", "1.2e-05", "2", "0", "0.5", "100.25", r"linear\|x", "finished", "5"],
-        ["2", "3.4e-05", "1", "0.01", "-", "-", "cosine with  two", "running", "0"],
-        ["3", "0.00034", "1", "0.01", "-", "-", "-", "pending", "0"],
-        ["4", "3.4e-05", "1", "0.01", "nan", "12", "c", "diverged", "2"],
-    ]
-
-
 def test_windows_line_ends_and_colours(read):
     found, text = read(COMPLETE)
     coloured = COMPLETE.replace("02:16:05 search", "\x1b[36m02:16:05 search")

@@ -194,25 +194,16 @@ def finite_or_none(value):
 def cells_of(block):
     """A boxed table's lines -> (header, rows), lists of stripped cells; ([], []) if it is not a table.
 
-    Reads Ray's two forms: columns between bars, and columns between spaces inside one frame. Lines that
-    belong to one row (a header or a cell broken over two lines) are joined without a space.
+    Lines that belong to one row (a header or a cell broken over two lines) are joined without a space.
     """
-    frame = [line for line in block if not set(line) - set("+-=|─│╭╮╰╯├┤┬┴┼╞╡═╪╤╧ ")]
-    known = set(frame)
-    lines = [line for line in block if line[0] in "|│" and line not in known and len(line) == len(block[0])]
-    if not frame or not lines:
+    frame = [line for line in block if not set(line) - set("+-=| ")]
+    if not frame:
         return [], []
-    edges = [i for i, char in enumerate(frame[0]) if char in "+┬╤"]
-    if len(edges) > 2:
-        cut = list(itertools.pairwise(edges))
-    else:  # no bars between columns: a column ends where all lines have two blanks
-        full = "".join(" " if all(line[i] == " " for line in lines) else "x"
-                       for i in range(len(lines[0])))[1:-1]
-        cut = [(m.start(), m.end() + 1) for m in re.finditer(r"x+( x+)*", full)]
+    cut = list(itertools.pairwise(i for i, char in enumerate(frame[0]) if char == "+"))
     second = block.index(frame[1], block.index(frame[0]) + 1) if len(frame) > 1 else len(block)
     rows = [[""] * len(cut)]  # the header first
     for number, line in enumerate(block):
-        if line in known or line[0] not in "|│" or len(line) != len(block[0]):
+        if line in frame or len(line) != len(block[0]):
             continue  # the frame, or a line that is not written to its end yet
         row = [line[a + 1 : b].strip() for a, b in cut]
         if number < second or (len(rows) > 1 and not any(row[1:2])):  # no status: the rest of the row above
@@ -364,8 +355,8 @@ def read_log(path):
     run, earlier, block, in_settings, ours, role = Run(str(path)), {}, [], False, False, ""
     midnight, clock = 0, None
     for number, line in enumerate([*lines, ""]):
-        boxed = line[:1] in ("+", "|", "╭", "│", "├", "╰", "╞") and (block or line[0] in "+╭")
-        if block and not (boxed and not (line[0] in "+╭" and block[-1][0] in "+╰")):  # its end
+        boxed = line[:1] in ("+", "|") and (block or line[0] == "+")
+        if block and not (boxed and not line[0] == block[-1][0] == "+"):  # its end
             if read_table(run, block, earlier | run.trials):
                 run.has_table = ours = True
             block = []
