@@ -244,11 +244,15 @@ def test_without_rich_one_line_says_what_to_install(log):
 # ---- With a report -----------------------------------------------------------------------------------------
 def test_the_report_is_drawn_again_while_the_job_runs_and_at_its_end(log, tmp_path, monkeypatch):
     folder, page = tmp_path / "pictures", tmp_path / "pictures/report.html"
-    log.write_text(STEPS[1])
+    log.write_text(before("02:16:05 search | cluster"))
     monkeypatch.setattr(watch_log, "REDRAWN", 0)
-    seen = []
+    seen, looks, drawn, draw, read = [], [], [], watch_log.Report.draw, watch_log.read_log
+    monkeypatch.setattr(watch_log, "read_log", lambda path: (read(path), looks.append(path))[0])
+    monkeypatch.setattr(watch_log.Report, "draw", lambda *a, **k: (drawn.append(len(a[1].trials)), draw(*a, **k)))
 
     def student():  # the log grows each time that the report shows it as it is
+        wait_for(lambda: looks, 30, "a look at the log without trials")
+        log.write_text(STEPS[1])
         for stopped, content in ((0, STEPS[3]), (1, COMPLETE)):
             shown = lambda n=stopped: page.exists() and page.read_text().count("<td>stopped by ASHA") == n
             wait_for(shown, 60, f"a report with {stopped} stopped trials")
@@ -260,6 +264,7 @@ def test_the_report_is_drawn_again_while_the_job_runs_and_at_its_end(log, tmp_pa
     run = call(fill_tables, "--watch", log, "--plots", folder)
     writer.join()
     assert run.returncode == 0 and f"pictures and report: {page}" in run.stdout
+    assert 0 not in drawn  # its folder would be in the way of the run folder that the job is about to make
     reload = '<meta http-equiv="refresh" content="60">'
     assert len(seen) == 2 and all(reload in text for text in seen) and reload not in page.read_text()
     assert page.read_text().count("<td>stopped by ASHA") == COMPLETE.count("stopped    by ASHA")

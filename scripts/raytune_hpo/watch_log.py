@@ -156,7 +156,7 @@ def watch(text, folder=None):
         with Live(console=console, screen=True, auto_refresh=False) if moving else contextlib.nullcontext() as live:
             for run, quiet, last in looks:
                 trials = run.trials.values()
-                if report and not run.finish:
+                if report and run.trials and not run.finish:  # before, the job has not made its run folder yet
                     report.draw(run)
                 ended = [run.finish, sum(t.epochs for t in trials), sum(t.status not in OPEN for t in trials)]
                 if live:
