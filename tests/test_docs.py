@@ -275,6 +275,15 @@ def test_a_quoted_log_is_that_of_the_run_that_is_kept():
     assert len(lines) > 15 and not set(lines) - set(KEPT_LOG.splitlines())
 
 
+def test_the_slides_show_what_the_exercise_says():
+    """Rows of tables, commands and the quiz's choices."""
+    text = EXERCISE_README.read_text()
+    slides = (EXERCISE / "SLIDES.md").read_text()
+    rows = re.findall(r"^(?:\| .*|- \[ \] .*)$", slides, re.MULTILINE)
+    assert len(rows) > 25 and not [row for row in rows if row not in text]
+    assert blocks(EXERCISE / "SLIDES.md", "bash")[0] == blocks(EXERCISE_README, "bash")[1]
+
+
 # ---- What each document holds ------------------------------------------------------------------------------
 def test_the_readme_is_a_page():
     assert len(README.read_text().splitlines()) <= 200
