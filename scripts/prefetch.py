@@ -50,7 +50,7 @@ def told_in(problems, variable, value, folder):
         yield
     except InputError as error:
         problems += str(error).splitlines()
-    except Exception as error:  # noqa: BLE001  so many libraries, so many kinds
+    except Exception as error:  # noqa: BLE001  each library raises its own kinds
         problems.append(explain(error, variable, value, folder))
 
 

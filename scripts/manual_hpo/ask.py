@@ -3,7 +3,7 @@
 
     python ask.py MODEL_FOLDER                                   # ten questions that its training has not seen
     python ask.py MODEL_FOLDER --question "Who ...?" --context "..."
-    python ask.py MODEL_FOLDER --score                           # how many it answers rightly, beside its base model
+    python ask.py MODEL_FOLDER --score                           # how many it answers correctly, beside its base model
 
 --score asks TEST_SAMPLES questions (a variable; at most 100, if not set): drawn with the run's SEED from the
 validation split without those that the run has trained or validated on. It prints, for the model and for the
@@ -184,7 +184,7 @@ def main():
             if a.json:
                 a.json.write_text(json.dumps(scores, indent=1))
         else:
-            rows = list({row["question"]: row for row in rows}.values())[:10]  # the demo asks the same of two texts
+            rows = list({row["question"]: row for row in rows}.values())[:10]  # the demo asks some of them twice
             print(f"{len(rows)} questions that no trial has seen:")
             for row, answer in zip(rows, Model(a.folders[0], s.CHAT_TEMPLATE).answers(rows), strict=True):
                 right = " | ".join(dict.fromkeys(row["answers"]["text"]))

@@ -39,7 +39,7 @@ The validation questions chose the hyperparameters and the epoch, so the loss ab
 
 
 class NewModel:
-    """The folder to be: as a context it leaves all of it, or nothing and an older one as it was.
+    """A folder being written. As a context manager: complete at its end, or not there and an older one unchanged.
 
     Each process of the training has one, and all of them call keep(); the first one writes.
     """
@@ -49,7 +49,7 @@ class NewModel:
         self.first = os.environ.get("RANK", "0") == "0"
 
     def __enter__(self):
-        """Raises InputError if the folder cannot be written, or holds something else than such a model."""
+        """Raises InputError if the folder cannot be written, or holds something other than such a model."""
         if self.folder.exists() and not (self.folder / "training.json").exists():
             why = "is there, and not a model that --save wrote; give a new folder"
             raise InputError(f"--save={str(self.folder)!r}: {why}")
@@ -75,11 +75,11 @@ class NewModel:
                 self.dtype = str(model.dtype).removeprefix("torch.")
                 try:
                     model.save_pretrained(self.new, state_dict=model.state_dict())
-                except Exception as error:  # noqa: BLE001  of a full disk, safetensors and tokenizers raise their own
+                except Exception as error:  # noqa: BLE001  on a full disk safetensors and tokenizers raise their own
                     self.failed(error)
 
     def finish(self, s, training):
-        """Adds tokenizer, card and training.json; then the folder is what it is to be."""
+        """Adds tokenizer, card and training.json; then puts the folder in its place."""
         from transformers import AutoTokenizer
 
         drawn = ", ".join(f"{name} {value}" for name, value in training["hyperparameters"].items())
@@ -100,7 +100,7 @@ class NewModel:
             self.failed(error)
 
     def replace(self):
-        """Puts the new folder in the older one's place; the older one is there again if that fails."""
+        """Puts the new folder in the older one's place; if that fails, the older one stays."""
         before = self.folder.with_name(f"{self.folder.name}.before")
         if self.folder.exists():
             os.rename(self.folder, before)

@@ -232,7 +232,7 @@ def model_and_data_problems(s):
                 questions = (look if os.path.isdir(value) else look_on_hub)(value) or {}
         except InputError as error:
             problems.append(f"{name}={value!r}: {error}")
-        except Exception as error:  # noqa: BLE001  so many libraries, so many kinds
+        except Exception as error:  # noqa: BLE001  each library raises its own kinds
             why = f"cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             problems.append(f"{name}={value!r}: {why}; {FETCH_AGAIN if os.path.isdir(value) else FETCH}")
     if not problems and s.CHAT_TEMPLATE:
@@ -277,7 +277,7 @@ def chat_template_problems(name):
         try:
             text = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
             why = None if text.count("@@") == 1 else "has a chat template that does not show the prompt as it is"
-        except Exception as error:  # noqa: BLE001  a template is a program, and raises what it likes
+        except Exception as error:  # noqa: BLE001  a template is a program and can raise anything
             why = f"has a chat template that takes no single prompt ({error})"
     return [f"CHAT_TEMPLATE='1': the tokenizer of {name} {why}; set CHAT_TEMPLATE=0"] if why else []
 

@@ -98,7 +98,7 @@ def comparison(runs):
             below.append(f"Cannot tell whether {run.job} and {first.job} are comparable: no settings.")
             continue
         for name in same:
-            absent = "0" if name == "CHAT_TEMPLATE" else "not given"  # logs of before have none
+            absent = "0" if name == "CHAT_TEMPLATE" else "not given"  # older logs do not list it
             ours, theirs = (r.settings.get(name, absent) for r in (first, run))
             if ours != theirs:
                 below.append(f"NOT COMPARABLE: {name} is {ours} in {first.job} and {theirs} in {run.job}.")
@@ -123,7 +123,7 @@ def comparison(runs):
 
 
 def differences(runs):
-    """The settings in which runs differ, one row a run. A grid need not have those of a search."""
+    """The settings in which runs differ, one row a run. A grid does not have all settings of a search."""
     told = []
     for run in runs:
         told.append(dict(run.settings))

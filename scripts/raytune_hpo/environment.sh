@@ -11,10 +11,10 @@ if [[ -n ${LD_PRELOAD:-} && -n $(env true 2>&1) ]]; then  # else each process co
     unset LD_PRELOAD
 fi
 
-# ---- A worker job is submitted by the lines of its file; of the site's defaults those stay that choose resources -----
+# ---- A worker job is submitted by the lines of its file; only the site's defaults for resources stay ------------------
 unset SBATCH_WAIT SBATCH_ARRAY_INX SBATCH_EXPORT SBATCH_OUTPUT SBATCH_ERROR SBATCH_INPUT SBATCH_JOB_NAME SBATCH_OPEN_MODE
 
-# ---- What would change the training, or where its processes look for one another --------------------------------------
+# ---- What would change the training, or how its processes find one another --------------------------------------------
 # A trial trains within one node. So the network that a site names for training across nodes is not needed, and if this
 # node lacks it, no trial would start.
 unset GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME TP_SOCKET_IFNAME MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE

@@ -51,7 +51,7 @@ ask() {
 # Slurm's words, and those of its libraries, for a controller that does not get to it.
 is_busy() { grep -qiE 'timed out|unable to contact|unable to establish|connection (refused|reset)|zero bytes|temporarily' <<<"$1"; }
 
-job_id() { sed -nE 's/^(Submitted batch job )?([0-9]+)(;.*)?$/\2/p' <<<"$1" | tail -n 1; }   # in what sbatch says, with all that a site adds
+job_id() { sed -nE 's/^(Submitted batch job )?([0-9]+)(;.*)?$/\2/p' <<<"$1" | tail -n 1; }   # from sbatch's output, whatever a site adds to it
 
 frame_the_log() {                                      # START now, FINISH in every ending but kill -9
     trap finish EXIT
@@ -144,16 +144,16 @@ ray_started() {                                        # for wait_until
     [[ -s $RAY_TMP/r/ray_current_cluster ]]            # the head's address; the last that Ray writes, on both kinds of nodes
 }
 
-end_ray() {                                            # it takes its time; end_owned ends what is left
+end_ray() {                                            # this can take a while; end_owned ends what is left
     disown "$RAY" 2>/dev/null || true                  # it may have died before
     kill "$RAY" 2>/dev/null || true
 }
 
-last_error() {                                         # in Ray's log: of a trace its last line, which names the error
+last_error() {                                         # from Ray's log: the last line of a trace, which names the error
     grep -E '^[A-Za-z_.]+(Error|Exception): ' "$RAY_LOG" | tail -n 1 | cut -c1-300 | grep . || tail -n 1 "$RAY_LOG"
 }
 
-likely_cause() {                                       # that Ray itself does not name: it says "overloaded" or "GCS may have been killed"
+likely_cause() {                                       # when Ray itself only says "overloaded" or "GCS may have been killed"
     python "$REPO/scripts/raytune_hpo/this_node.py" --why "$(node_address)"
 }
 

@@ -22,8 +22,8 @@ from pathlib import Path
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, Windows' under WSL
 TORCH_SECONDS = 300  # for PyTorch to be imported from a busy file system, and to compute once
 
-# Counting is not enough: a build of PyTorch without kernels for this GPU sees it, and fails at the first sum. Of
-# several MIG slices a process sees one.
+# Counting is not enough: a build of PyTorch without kernels for this GPU sees it, and fails at the first computation.
+# Of several MIG slices a process sees one.
 COUNT = """
 import os, torch
 seen = sum(int(torch.ones(1, device=f"cuda:{i}").sum().item()) for i in range(torch.cuda.device_count()))
@@ -71,7 +71,7 @@ def find_gpus():
             ask_torch("import torch")
         return 0, "fp32", ""
     number, half, name = ask_torch(COUNT).split(" ", 2)
-    # A job that has asked Slurm for no GPU sees none, also where there are some.
+    # A job that asked Slurm for no GPU may use none, even on a node that has some.
     if number == "0" and Path(DRIVERS[0]).exists() and ("SLURM_JOB_ID" not in env or env.get("SLURM_GPUS_ON_NODE")):
         fail("this node has an NVIDIA driver but PyTorch sees no GPU; check with: "
              "python -c 'import torch; torch.zeros(1).cuda()', or set GPUS_PER_WORKER=0 to train on CPUs")
@@ -105,7 +105,7 @@ def run_python(code, without=None):
 
 # ---- CPUs and processes ----------------------------------------------------------------------------------
 def usable_cpus(root="/"):
-    """CPUs that this process may use, at least 1: in a batch job Slurm's, else the least of all that limits it."""
+    """CPUs that this process may use, at least 1: in a batch job Slurm's, else the smallest of all limits."""
     of_slurm = int(os.environ.get("SLURM_CPUS_ON_NODE") or 0)
     if os.environ.get("ON_SLURM") and of_slurm:
         return of_slurm
@@ -138,7 +138,7 @@ def owner(path):
 
 
 def cgroups(controller, root="/"):
-    """Folders of the cgroups that this process is in, outwards. In a container the outermost is all one sees."""
+    """Folders of the cgroups that this process is in, outwards. Inside a container only the outermost is visible."""
     with contextlib.suppress(OSError):
         for line in Path(root, "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -149,7 +149,7 @@ def cgroups(controller, root="/"):
 
 
 def likely_cause(address):
-    """What Ray itself does not name, to be added to a sentence: processes that ran out, an address of another node."""
+    """A cause that Ray itself does not name, as the end of a sentence: no more processes, another node's address."""
     left = free_processes()
     if left < 300:  # threads; Ray has some 150, a trial 130
         return (f", and only {left} more processes may be started here (ulimit -u "

@@ -8,7 +8,7 @@ REPLACED=0
 declare -A ANNOUNCED=() ENDED=() TOLD=()               # workers that joined; that ended too early; reasons told
 QUEUE=""                                               # "job state reason" of the workers that have not ended, as of the last look
 NEXT_LOOK=0 NEXT_WRITE=0                               # seconds; when to look at the queue and at the disk again
-JOINED="" SERVING=""                                   # has a worker ever? does one serve, as of the last look?
+JOINED="" SERVING=""                                   # has any worker joined yet? was one serving at the last look?
 LAST_SERVED=0 NEXT_TOLD=10                             # seconds: when a worker last served trials; of waiting, after which a line tells
 
 # ---- Which run is it? ------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ submit_worker() {
     say "submitted worker $n/$((n > WORKER_NODES ? n : WORKER_NODES)): job $job, log logs/ray_worker_bloom_5epochs-$job.out"
 }
 
-sbatch_worker() {                                      # prints the job's id, out of all that a site may add
+sbatch_worker() {                                      # prints the job's id, whatever a site adds to it
     local said job="" tries=0
     cd "$EXERCISE" || return 1
     until said=$(sbatch --parsable --export=ALL worker_node_raytune_asha_hpo.slurm "$RUN_DIR" "$JOB" 2>&1); do

@@ -131,7 +131,7 @@ class TrainingProcess:
     """One of the W processes, as an actor. It sees only its own GPU, as device 0."""
 
     def __init__(self, rank, number):
-        # LOCAL_RANK is where accelerate and DeepSpeed take the number of the GPU from.
+        # accelerate and DeepSpeed take the GPU's number from LOCAL_RANK.
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(number), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         self.rank, self.number = rank, number
 
@@ -212,7 +212,7 @@ class TrainingProcess:
         import deepspeed
         import torch
 
-        # ZeRO-3 of DeepSpeed 0.19.8 never frees its model, and leaves another nn.functional.linear behind.
+        # ZeRO-3 of DeepSpeed 0.19.8 never frees its model, and leaves its own nn.functional.linear in torch.
         if any(type(thing) is deepspeed.DeepSpeedEngine for thing in gc.get_objects()):
             raise RuntimeError("the previous trial's model is still in memory")
         if torch.cuda.is_initialized():

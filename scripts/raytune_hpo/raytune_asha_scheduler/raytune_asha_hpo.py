@@ -31,7 +31,7 @@ from ray.tune.integration.ray_train import TuneReportCallback as ForwardReportsT
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-# ---- Settings: environment variables, which the head script has had checked by check_inputs.py -------------
+# ---- Settings: environment variables; the head script first has check_inputs.py check them -----------------
 VARIABLES = {  # name: (default, how its text is read, meaning)
     "LR_LOWER": ("5e-6", float, "learning rate, lower end of the log-uniform range"),
     "LR_UPPER": ("2e-4", float, "learning rate, upper end"),
@@ -187,7 +187,7 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
     gpu = torch.cuda.is_available() and s.GPUS_PER_WORKER > 0
     half = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     precision = s.PRECISION if s.PRECISION != "auto" else half if gpu else "fp32"
-    if not gpu:  # DeepSpeed looks for no GPU, and nothing wakes one
+    if not gpu:  # so that neither torch nor DeepSpeed touches a GPU
         os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     import deepspeed
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
@@ -207,7 +207,7 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
     arguments = transformers.TrainingArguments(**(fields | drawn))  # before the model: ZeRO-3 splits it
     torch.manual_seed(s.SEED)
     safe = {"use_safetensors": True, "trust_remote_code": False}  # no code that comes with a model is run
-    # In fp16 the usual -65,504 and a score of -16 make -inf, and a row of them NaN; -30,000 hides as well.
+    # In fp16 the usual -65,504 and a score of -16 make -inf, and a row of them NaN; -30,000 masks as well.
     hide = transformers.masking_utils.eager_mask
     transformers.AttentionMaskInterface.register("eager", lambda *a, **k: hide(*a, **k).clamp(min=-30_000))
     model = transformers.AutoModelForCausalLM.from_pretrained(s.MODEL_NAME, dtype=torch.float32, **safe)
@@ -242,10 +242,10 @@ def train_loop_per_worker(config):
     class TuneReportCallback(TrainerCallback):  # a report after each evaluation, so ASHA's rungs are epochs
         def on_evaluate(self, args, state, control, metrics, **kwargs):
             loss = metrics["eval_answer_loss"]
-            loss = loss if math.isfinite(loss) else math.nan  # of NaN no rung takes account; the trial ends
+            loss = loss if math.isfinite(loss) else math.nan  # no rung counts a NaN; the trial ends
             report({"eval_loss": loss, "epoch": float(round(state.epoch))})
 
-    callbacks = [TuneReportCallback(), *config.pop("callbacks", [])]  # more of them: raytune_pbt_hpo.py
+    callbacks = [TuneReportCallback(), *config.pop("callbacks", [])]  # raytune_pbt_hpo.py adds one
     fine_tune(config, s, *ray.get(data), callbacks)
 
 
@@ -263,7 +263,7 @@ def run_trial(config, s, data, worker, run_dir):
 
 
 # ---- Search ------------------------------------------------------------------------------------------------
-NEIGHBOURS = ["fast_trials", "run_state", "trial_log"]  # each is optional: its first line says what for
+NEIGHBOURS = ["fast_trials", "run_state", "trial_log"]  # each is optional: its first line says what it does
 
 
 def say(text, log=sys.stdout):  # one line of the log, also where a neighbour has sent sys.stdout elsewhere
@@ -310,7 +310,7 @@ def search(s, run_dir):
 
 
 def best_report(results, s):
-    """The lowest eval_loss of all reports of trials without error. Ends the program if none can be told."""
+    """The lowest eval_loss of all reports of trials without error. Ends the program if there is none."""
     failed, reports = 0, []
     for result in results:
         saved = result.metrics_dataframe
@@ -337,4 +337,4 @@ def main():
 
 
 if __name__ == "__main__":
-    os._exit(main() or 0)  # all is written; Ray's own leave takes 1.6 s, and the nodes would wait for it
+    os._exit(main() or 0)  # all is written; Ray's own shutdown takes 1.6 s, and nodes would wait

@@ -26,13 +26,13 @@ TESTED = ("2.60.0",)  # versions of Ray in which should_recover below decides on
 
 
 def improve(plan):
-    """Makes the plan one that can be continued; continues it if its run folder holds an earlier part."""
+    """Makes the plan resumable; resumes it if its run folder holds an earlier part."""
     s, run_dir = plan.context.s, plan.context.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     save_settings(s, run_dir / "settings.json")
-    # Seconds between two saves, from which a run is continued. A save takes longer the more trials there are.
+    # Seconds between two saves of the state that RESUME needs; with more trials a save takes longer.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(max(0.5, s.NUM_SAMPLES / 100)))
-    # No more trials are made ready than can start: so they start in the order drawn.
+    # Prepare only as many trials as can start, so that they start in the order drawn.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(int(ray.cluster_resources()["trial_slot"]))
     if type(plan.tune_config.scheduler) in (AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule):
         plan.tune_config.scheduler = Remembering(plan.tune_config.scheduler, run_dir / "reports.jsonl")
@@ -74,7 +74,7 @@ def newest_state(folder):
 
 
 def lost_with_its_node(trial):
-    """Does a trial that ended with an error start again? Any other error would only come again."""
+    """Does a trial that ended with an error start again? Any other error would only happen again."""
     file = trial.pickled_error_file
     error = cloudpickle.loads(Path(file).read_bytes()) if file else None
     lost = isinstance(error, RayActorError) and not error.actor_init_failed

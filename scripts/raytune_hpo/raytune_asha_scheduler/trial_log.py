@@ -22,7 +22,7 @@ SHORT_NAMES = {"AsyncHyperBandScheduler": "ASHA"}  # Ray's own name of the class
 def improve(plan):
     """Adds the lines and the table to the plan."""
     sys.stdout = sys.stderr  # what libraries print is not for the log
-    # What Ray logs of a failed trial is told below, and its trace is in error.txt.
+    # A failed trial has its line below and its trace in error.txt; Ray's message would repeat them.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     chosen = plan.tune_config.scheduler
     name = type(getattr(chosen, "scheduler", chosen)).__name__
