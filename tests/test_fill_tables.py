@@ -373,23 +373,6 @@ def test_hyperparameters_and_names_never_seen(read):
     assert "warmup_ratio 0.1" in text
 
 
-@pytest.mark.parametrize("dots", ["...", "…"])
-def test_cut_columns(read, dots):
-    started = f"10:01:00 search | {ROWS[0][0]}  started    lr 1e-05  per_device_bs 1  wd 0  warmup_ratio 0.1"
-    header = [*HEADER[:3], f"train_loop_config/l{dots}", f"{dots}fig/per_device_bs", f"{dots}loop_config/wd",
-              f"{dots}mup_ratio", *HEADER[6:]]
-    header[3] = f"{dots}loop_config/lr"
-    rows = [[(dots + row[0][-14:]) if i == 0 else row[0], *row[1:6], 0.1, *row[6:]]
-            for i, row in enumerate(ROWS)]
-    found, _ = read(log_of(started, boxed(header, rows)))
-    assert list(found["Table 2"][0])[:7] == [*COURSE_COLUMNS, "warmup_ratio"] and len(found["Table 2"]) == 3
-    assert [row["Batch Size (bs)"] for row in found["Table 2"]] == ["1", "2", "1"]
-    assert found["Table 2"][0]["warmup_ratio"] == "0.1"
-    header[4] = f"train_loop_config/per_dev{dots}"
-    found, _ = read(log_of(started, boxed(header, rows)))
-    assert [row["Batch Size (bs)"] for row in found["Table 2"]] == ["1", "2", "1"]
-
-
 def test_windows_line_ends_and_colours(read):
     found, text = read(COMPLETE)
     coloured = COMPLETE.replace("02:16:05 search", "\x1b[36m02:16:05 search")

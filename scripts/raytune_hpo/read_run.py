@@ -213,21 +213,6 @@ def cells_of(block):
     return rows[0], rows[1:]
 
 
-def uncut(text, names):
-    """The one of names that a text cut with dots stands for; else the text's last part."""
-    bare = text.replace("…", "...")
-    if bare.startswith("..."):
-        tail = bare[3:].rsplit("/", 1)[-1]
-        found = [name for name in names if name.endswith(tail) and (tail == name or "/" not in bare)]
-        found = found or [name for name in names if name.endswith(tail)]
-    elif bare.endswith("..."):
-        head = bare[:-3].rsplit("/", 1)[-1]
-        found = [name for name in names if name.startswith(head)] if head else []
-    else:
-        return text.rsplit("/", 1)[-1]
-    return found[0] if len(found) == 1 else bare.rsplit("/", 1)[-1] if "/" in bare else text
-
-
 def read_table(run, block, known):
     """Puts a boxed table of trials, or Ray's list of error files, into run.trials. -> is it one of trials?"""
     header, rows = cells_of(block)
@@ -239,19 +224,13 @@ def read_table(run, block, known):
     if "trialname" not in plain or "status" not in plain:
         return False
     metrics = [i for i, title in enumerate(plain) if title in ("iter", "totaltime(s)", "eval_loss")]
-    names = list(dict.fromkeys([*(key for trial in known.values() for key in trial.params), *TITLES]))
-    columns = {i: uncut(header[i], names) for i in range(len(header))
+    columns = {i: header[i].rsplit("/", 1)[-1] for i in range(len(header))
                if plain[i] not in ("trialname", "status", "loc") and i < min(metrics, default=len(header))}
     if len(set(columns.values())) < len(columns):  # two of one last part: keep their whole names
         columns = {i: header[i] for i in columns}
     for row in rows:
         cell = dict(zip(plain, row))
         name = cell["trialname"]
-        if name not in known and ("..." in name or "…" in name):
-            bare = name.replace("…", "...")
-            first, *_, last = bare.split("...")
-            found = [full for full in known if full.startswith(first) and full.endswith(last)]
-            name = found[0] if len(found) == 1 else name
         trial = run.trials.setdefault(name, known.get(name) or Trial(name))
         trial.params |= {columns[i]: value_of(row[i]) for i in columns}
         epochs = value_of(cell.get("iter", ""))
