@@ -65,7 +65,7 @@ of_role() { grep -lzsE "^HPO_OWNER=$DIR.* $1 " /proc/[0-9]*/environ | cut -d/ -f
 kill_those() {                                               # kill_those ROLE WORD: processes of a role with a word in their command line
     local pid
     for pid in $(of_role "$1"); do
-        if tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -q -- "$2"; then kill -s KILL "$pid" 2>/dev/null || true; fi
+        if { tr '\0' ' ' <"/proc/$pid/cmdline"; } 2>/dev/null | grep -q -- "$2"; then kill -s KILL "$pid" 2>/dev/null || true; fi
     done
 }
 memory() {                                                   # MB of the head's processes
