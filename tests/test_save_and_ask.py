@@ -120,19 +120,31 @@ def test_a_full_disk_leaves_the_model_before_as_it_was(base, demo, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_an_older_model_is_there_again_if_the_new_one_cannot_take_its_place(base, demo, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error, raised, said", [
+    (OSError(5, "Input/output error"), saved_model.InputError, "Input/output error; the folder is as it was"),
+    (SystemExit(143), SystemExit, "143"),  # scancel
+])  # fmt: skip
+def test_an_older_model_is_there_again_if_the_new_one_cannot_take_its_place(base, demo, tmp_path, monkeypatch, error,
+                                                                            raised, said):  # fmt: skip
     keep(tmp_path / "model", base, demo)
     before, rename = (tmp_path / "model/training.json").read_text(), os.rename
 
     def fails(source, target):
         if os.path.basename(source).startswith(".model."):
-            raise OSError(5, "Input/output error")
+            raise error
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", fails)
-    with pytest.raises(saved_model.InputError, match="Input/output error; the folder is as it was"):
+    with pytest.raises(raised, match=said):
         keep(tmp_path / "model", base, demo)
     assert (tmp_path / "model/training.json").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_save_that_was_killed_between_two_models_does_not_hinder_the_next(base, demo, tmp_path):
+    keep(tmp_path / "model.before", base, demo)
+    keep(tmp_path / "model", base, demo)
+    keep(tmp_path / "model", base, demo)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -189,8 +189,11 @@ def main():
             for row, answer in zip(rows, Model(a.folders[0], s.CHAT_TEMPLATE).answers(rows), strict=True):
                 right = " | ".join(dict.fromkeys(row["answers"]["text"]))
                 print(f"{row['question']}\n    right: {right}\n    model: {answer or '(nothing)'}")
-    except (InputError, OSError) as error:  # model or data of the training are no longer there; the disk is full
-        print(f"ERROR: {str(error).splitlines()[0]}", file=sys.stderr)
+    except InputError as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # model or data of the training are no longer there; the disk is full
+        print(f"ERROR: {str(error).partition(chr(10))[0]}", file=sys.stderr)
         return 2
     return 0
 

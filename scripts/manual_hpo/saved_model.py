@@ -103,10 +103,11 @@ class NewModel:
         """Puts the new folder in the older one's place; if that fails, the older one stays."""
         before = self.folder.with_name(f"{self.folder.name}.before")
         if self.folder.exists():
+            shutil.rmtree(before, ignore_errors=True)  # left by a process that was killed at this place
             os.rename(self.folder, before)
         try:
             os.rename(self.new, self.folder)
-        except OSError:
+        except BaseException:  # SIGTERM, too
             if before.exists():
                 os.rename(before, self.folder)
             raise
