@@ -6,7 +6,7 @@
     python this_node.py --why ADDRESS  # of a Ray that has ended: the cause, if it is this node; else nothing
 
 The words say what the node has and in which precision it trains: "20 CPUs, 8 GPUs (Tesla V100), fp16". If its GPUs
-do not serve: one line "ERROR: ..." and exit status 1.
+are unusable: one line "ERROR: ..." and exit status 1.
 """
 
 import contextlib
@@ -96,10 +96,13 @@ def ask_torch(code):
 
 def run_python(code, without=None):
     env = {name: value for name, value in os.environ.items() if name != without}
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)  # fmt: skip
     try:
-        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False,
-                              timeout=TORCH_SECONDS)  # fmt: skip
+        out, error = process.communicate(timeout=TORCH_SECONDS)
+        return subprocess.CompletedProcess(code, process.returncode, out, error)
     except subprocess.TimeoutExpired:
+        process.kill()  # without a wait: a process that hangs in a driver cannot be killed
         return fail(f"PyTorch gives no answer on this node within {TORCH_SECONDS} s; is its GPU or file system hung?")
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 REDRAWN = 60  # s between two drawings of a report, at least
+DRAWN = 300  # s: a drawing takes at most
 SETTLED = 5  # s: before that, a file without START may be a log that begins with what the site prints
 OPEN = ("running", "pending", "cut off", "not started")
 STYLES = {"running": "cyan", "stopped by ASHA": "dim", "FAILED": "red", "diverged": "red"}
@@ -130,15 +131,22 @@ class Report:
     def draw(self, run, now=False):
         """Starts to draw, if the run has changed and a minute has passed; with now, waits and draws once more."""
         if self.process and (now or self.process.poll() is not None):
-            self.error = self.process.communicate()[1]
-            self.process = None
+            self.wait()
         changed = run is not self.drawn and time.monotonic() > self.next
         if not self.process and (now or changed) and not self.error:
             self.next, self.drawn = time.monotonic() + REDRAWN, run
             self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                             start_new_session=True)  # fmt: skip  Ctrl-C is for the table
             if now:
-                self.error = self.process.communicate()[1]
+                self.wait()
+
+    def wait(self):
+        try:
+            self.error = self.process.communicate(timeout=DRAWN)[1]
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.error = f"ERROR: the report was not drawn within {DRAWN} s"
+        self.process = None
 
 
 def watch(text, folder=None):
@@ -173,7 +181,10 @@ def watch(text, folder=None):
     if moving and run:
         console.print(view(console, run, room=console.height - 10))  # stays, as that screen does not
     if report and run and run.finish:
-        report.draw(run, now=True)
+        try:
+            report.draw(run, now=True)
+        except KeyboardInterrupt:
+            return 130
         if report.error:
             print(report.error.strip(), file=sys.stderr)
             return 2
