@@ -3,14 +3,18 @@
 import contextlib
 import csv
 import json
+import math
 import os
+import pty
 import re
+import select
 import signal
 import socket
 import subprocess
 import time
 from types import SimpleNamespace
 
+import pandas
 import pytest
 from conftest import (
     HEAD,
@@ -326,6 +330,14 @@ def test_a_search_whose_trials_all_fail_fails(hpo):
         hpo.best_report(failed, SimpleNamespace(NUM_SAMPLES=2))
 
 
+def test_a_search_whose_trials_all_diverge_says_so(hpo):
+    last = {"epoch": 1.0, "eval_loss": math.nan}
+    reports = pandas.DataFrame([last])
+    diverged = [SimpleNamespace(error=None, path="/run/trial", metrics=last, metrics_dataframe=reports)]
+    with pytest.raises(SystemExit, match="ERROR: 1 of 1 trials ran, 0 failed, none reported a finite loss"):
+        hpo.best_report(diverged, SimpleNamespace(NUM_SAMPLES=1))
+
+
 @pytest.fixture
 def container(tmp_path):
     """CONTAINER: a stand-in that starts a command as a container does, with an environment of its own."""
@@ -352,3 +364,25 @@ def test_interrupted_on_a_laptop_nothing_is_left(course, demo, container):
     log = output.read_text()
     assert re.search(r"FINISH : .* =====\n\Z", log)
     assert left_by(job) == []
+
+
+def test_a_terminal_that_is_closed_ends_a_laptops_run_and_nothing_is_left(course, demo):
+    environ = os.environ | SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+    ours, terminal = pty.openpty()
+    head = subprocess.Popen(["setsid", "--ctty", "--wait", "bash", HEAD], cwd=course, env=environ, stdin=terminal,
+                            stdout=terminal, stderr=terminal)  # fmt: skip
+    os.close(terminal)
+    shown = ""
+
+    def is_up():
+        nonlocal shown
+        while select.select([ours], [], [], 0)[0]:
+            shown += os.read(ours, 65536).decode(errors="replace")
+        return "Ray head at" in shown
+
+    wait_for(is_up, 120, "the Ray head")
+    os.close(ours)
+    assert head.wait(60) == 129
+    (log,) = (path.read_text() for path in (course / "logs").glob("ray_head_*.out"))
+    assert "ended with exit status 129" in log and re.search(r"FINISH : .* =====\n\Z", log)
+    assert left_by(job_of(log)) == [] and not (course / "runs" / job_of(log) / "token").exists()

@@ -197,6 +197,49 @@ def test_a_slurm_that_stays_silent_is_asked_again_and_a_wrong_question_is_not(tm
     assert (tmp_path / "bin/scontrol.calls").read_text() == "\n"
 
 
+@pytest.mark.parametrize("node_addr, hosts, address", [
+    ("n1", "10.0.0.1", "10.0.0.1"), ("10.0.0.7", "10.0.0.7", "10.0.0.7"),
+    ("n1", "127.0.1.1", "10.0.0.9"),  # Debian's /etc/hosts for a machine's own name: no other node reaches that
+    ("127.0.0.1", "127.0.0.1", "127.0.0.1"),  # a Slurm of one machine
+])  # fmt: skip
+def test_the_address_of_a_node_is_one_that_others_reach(tmp_path, node_addr, hosts, address):
+    for name, answer in {"scontrol": f"NodeName=n1 NodeAddr={node_addr} x", "getent": f"{hosts} STREAM n1",
+                         "hostname": "10.0.0.9 fe80::1"}.items():  # fmt: skip
+        path = stand_in(tmp_path / "bin", name, f"echo {answer}")
+    assert shell("node_address", "slurm_script", PATH=path, SLURM_JOB_ID="7", SLURMD_NODENAME="n1") == (0, [address])
+
+
+@pytest.mark.parametrize("squeue, job, status, said", [
+    ("echo 7; seq 100000 200000", "7", 1, "ERROR: RESUME=.*/runs/7: job 7 still works on this run; wait for its end"),
+    ("echo 'Invalid user' >&2; exit 1", "7", 1, "squeue does not say whether job 7 still works .*; if it does not, rm"),
+    ("echo 8", "7", 0, None),
+    ("echo 8", None, 0, None),  # a run without the file that names its job
+])  # fmt: skip
+def test_a_run_is_continued_only_if_no_job_works_on_it(tmp_path, squeue, job, status, said):
+    run = tmp_path / "runs/7"
+    run.mkdir(parents=True)
+    (run / "shutdown.txt").touch()
+    if job:
+        (run / "job").write_text(job)
+    path = stand_in(tmp_path / "bin", "squeue", squeue)
+    found, lines = shell(f"EXERCISE={tmp_path}; which_run", PATH=path, RESUME=str(run))
+    assert found == status and (re.search(said, lines[-1]) if said else lines == [])
+    assert (run / "shutdown.txt").exists() == (status == 1)  # else the workers of the run would leave at once
+
+
+def test_a_replacement_that_is_refused_is_tried_again_at_the_next_look(tmp_path):
+    refused = '[[ -e $0.asked ]] && { echo 6; exit; }; touch $0.asked; echo "Job limit reached" >&2; exit 1'
+    path = stand_in(tmp_path / "bin", "sbatch", refused)
+    stand_in(tmp_path / "bin", "squeue", '[[ -e ${0%/*}/sbatch.asked ]] && echo "6 RUNNING None"; exit 0')
+    run = f"EXERCISE={tmp_path} RUN_DIR={tmp_path} WORKER_NODES=1 WORKER_DEADLINE=99 WORKER_JOBS=(5) JOINED=yes"
+    look = "NEXT_LOOK=0; mind_workers || echo the end"
+    status, lines = shell(f"{run}; {look}; {look}", PATH=path)
+    said = [line.split(" | ")[-1] for line in lines]
+    assert status == 0 and [line.split(":")[0] for line in said] == [
+        "worker job 5 has ended before the search", "Job limit reached",
+        "sbatch refused to replace it (its message is above)", "submitted worker 2/2"]  # fmt: skip
+
+
 def test_a_worker_that_slurm_requeues_joins_once_more(tmp_path):
     joined = f"WORKER_JOBS=(5); RUN_DIR={tmp_path}; echo 'job 5 on n1' | publish joined-5; announce_workers"
     again = "rm $RUN_DIR/joined-5; announce_workers; echo away; echo 'job 5 on n2' | publish joined-5; announce_workers"

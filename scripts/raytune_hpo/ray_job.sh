@@ -32,7 +32,7 @@ no_room() {                                            # no_room FOLDER: what to
     echo "cannot write to the run folder $1; is the disk full, or the quota reached?"
 }
 
-publish() {                                            # publish NAME: its input as a file of the run, by rename: nobody reads half of it
+publish() {                                            # publish NAME: its input as a file of the run, by rename, so that nobody reads half of it
     { cat >"$RUN_DIR/.$1" && mv "$RUN_DIR/.$1" "$RUN_DIR/$1"; } 2>/dev/null || fail "$(no_room "$RUN_DIR")"
 }
 
@@ -57,12 +57,13 @@ frame_the_log() {                                      # START now, FINISH in ev
     trap finish EXIT
     trap 'exit 143' TERM
     trap 'exit 130' INT
+    trap 'exit 129' HUP                                # the terminal was closed
     banner START
 }
 
 finish() {                                             # first the script's own before_finish STATUS, if it has one
     local status=$?
-    trap '' TERM INT                                   # a second signal must not cut the clean-up short
+    trap '' TERM INT HUP                               # a second signal must not cut the clean-up short
     set +e
     ! declare -F before_finish >/dev/null || before_finish "$status"
     end_owned
@@ -93,9 +94,14 @@ node_address() {                                       # the address other nodes
     elif ! on_slurm; then
         printf '127.0.0.1\n'
     else                                               # Slurm itself reaches this node at its NodeAddr
-        local name
+        local name address
         name=$(ask scontrol show node "${SLURMD_NODENAME:-$(hostname -s)}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-        getent ahostsv4 "${name:-$(hostname)}" | awk 'NR == 1 { print $1 }'
+        name=${name:-$(hostname)}
+        address=$(getent ahostsv4 "$name" | awk 'NR == 1 { print $1 }')
+        if [[ $address == 127.* && $name != 127.* ]]; then   # its own name in /etc/hosts, as Debian writes it; no other node reaches that
+            address=$(hostname -I | cut -d' ' -f1)
+        fi
+        printf '%s\n' "$address"
     fi
 }
 

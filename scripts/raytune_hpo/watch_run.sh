@@ -4,7 +4,7 @@
 
 WORKER_JOBS=()                                         # ids of the worker jobs, in the order of their submission
 REPLACEMENTS=3                                         # for each node: worker jobs submitted in place of ones that ended too early
-REPLACED=0
+REPLACED=0 REPLACEMENT_TRIES=0                         # how many were submitted; how often sbatch was asked, and may have refused
 declare -A ANNOUNCED=() ENDED=() TOLD=()               # workers that joined; that ended too early; reasons told
 QUEUE=""                                               # "job state reason" of the workers that have not ended, as of the last look
 NEXT_LOOK=0 NEXT_WRITE=0                               # seconds; when to look at the queue and at the disk again
@@ -13,7 +13,7 @@ LAST_SERVED=0 NEXT_TOLD=10                             # seconds: when a worker 
 
 # ---- Which run is it? ------------------------------------------------------------------------------------------------
 which_run() {                                          # a new one, or one to continue: then RESUME becomes its folder
-    local folder other
+    local folder other queue=""
     if [[ ${SLURM_RESTART_COUNT:-0} != 0 ]]; then      # Slurm has requeued this job
         for folder in "$EXERCISE/runs/$JOB" "$EXERCISE/runs/$JOB"-*; do
             if [[ -e $folder/settings.json && $(<"$folder/job") == "$JOB" ]]; then RESUME=$folder; fi
@@ -25,9 +25,12 @@ which_run() {                                          # a new one, or one to co
     RESUME=$(cd -P "$RESUME" && pwd)
     export RESUME
     [[ ${RESUME%/*} == "$EXERCISE/runs" ]] || fail "RESUME=$RESUME: is not a folder of $EXERCISE/runs; give runs/<jobid>"
-    other=$(cat "$RESUME/job" 2>/dev/null) || return 0
-    if { [[ $other != "$JOB" ]] && squeue --noheader --me --format=%i 2>/dev/null | grep -qx "$other"; } ||
-        grep -qzsF "HPO_OWNER=$RESUME " /proc/[0-9]*/environ; then
+    other=$(cat "$RESUME/job" 2>/dev/null) || other=""
+    if [[ $other =~ ^[0-9]+$ && $other != "$JOB" ]] && command -v squeue >/dev/null; then
+        queue=$(ask squeue --noheader --me --format=%i) ||
+            fail "RESUME=$RESUME: squeue does not say whether job $other still works on this run; if it does not, rm $RESUME/job"
+    fi
+    if { [[ -n $other ]] && grep -qx "$other" <<<"$queue"; } || grep -qzsF "HPO_OWNER=$RESUME " /proc/[0-9]*/environ; then
         fail "RESUME=$RESUME: job $other still works on this run; wait for its end, or scancel $other"
     fi
     rm -f "$RESUME"/{shutdown.txt,address} "$RESUME"/joined-*
@@ -37,17 +40,17 @@ which_run() {                                          # a new one, or one to co
 watch_search() {                                       # until the search ends; returns its exit status
     local status=0
     LAST_SERVED=$SECONDS
-    while kill -0 "$DRIVER" 2>/dev/null; do
+    while kill -0 "$SEARCH" 2>/dev/null; do
         sleep 1 &
-        wait -n "$DRIVER" "$RAY" $! 2>/dev/null || true   # whichever ends first
+        wait -n "$SEARCH" "$RAY" $! 2>/dev/null || true   # whichever ends first
         if ! run_can_go_on; then
-            kill "$DRIVER" 2>/dev/null
+            kill "$SEARCH" 2>/dev/null
             sleep 5 &
-            wait -n "$DRIVER" $! 2>/dev/null           # before_finish kills a search that does not end
+            wait -n "$SEARCH" $! 2>/dev/null           # before_finish kills a search that does not end
             return 1
         fi
     done
-    { wait "$DRIVER" || status=$?; } 2>/dev/null       # without bash's own line about a killed process
+    { wait "$SEARCH" || status=$?; } 2>/dev/null       # without bash's own line about a killed process
     ((status == 0)) || say_why_it_failed "$status"
     return "$status"
 }
@@ -126,7 +129,7 @@ check_capacity() {                                     # of the first worker job
     read -r SLOTS Gw < <(sed -nE 's/^capacity: .*, ([0-9]+) on .*/\1/p; s/.*T\*W\*Gw = [0-9]+\*[0-9]+\*([0-9]+) .*/\1/p' <<<"$said" | xargs) || true
 }
 
-forecast() {                                           # of the lesson's search, while Ray starts and not in its way; without SLOTS nobody knows
+forecast() {                                           # of the lesson's search, while Ray starts; nothing if SLOTS is unknown
     [[ -n ${SLOTS:-} && -z ${SEARCH_SCRIPT:-} ]] || return 0
     (owned timeout 60 nice python "$TOOLS/forecast.py" --slots "$SLOTS" --Gw "$Gw" 2>/dev/null) | while IFS= read -r line; do say "$line"; done
 }
@@ -201,15 +204,16 @@ mind_workers() {
         return 0
     fi
     tell_who_ended "${WORKER_JOBS[@]}"
-    while ((REPLACED < ${#ENDED[@]} && REPLACED < REPLACEMENTS * WORKER_NODES)); do
+    while ((REPLACED < ${#ENDED[@]} && REPLACEMENT_TRIES < REPLACEMENTS * WORKER_NODES)); do
+        REPLACEMENT_TRIES=$((REPLACEMENT_TRIES + 1))
+        submit_worker || { say "sbatch refused to replace it (its message is above)"; break; }   # the next look tries again
         REPLACED=$((REPLACED + 1))
-        submit_worker || say "sbatch refused to replace it (its message is above)"
     done
     SERVING=""
     for job in "${WORKER_JOBS[@]}"; do
         [[ ! -e $RUN_DIR/joined-$job ]] || ! grep -q "^$job RUNNING" <<<"$QUEUE" || SERVING=yes
     done
-    if ((${#ENDED[@]} == ${#WORKER_JOBS[@]})); then
+    if ((${#ENDED[@]} == ${#WORKER_JOBS[@]} && REPLACEMENT_TRIES == REPLACEMENTS * WORKER_NODES)); then
         say "no worker is left, and $REPLACED have been replaced already"
         return 1
     fi
@@ -227,7 +231,7 @@ release_workers() {                                    # the workers leave, and 
     done
     ! some_workers_left || cancel_workers
     for job in "${WORKER_JOBS[@]}"; do
-        record=$(ask scontrol show job "$job") || continue
+        record=$(scontrol show job "$job" 2>&1) || { ! is_busy "$record" || break; continue; }   # no time to ask again before a time limit
         if [[ $record != *JobState=RUNNING* && $record =~ StartTime=([0-9T:-]+)\ EndTime=([0-9T:-]+) ]]; then
             say "worker job $job held its node for $(($(date -d "${BASH_REMATCH[2]}" +%s) - $(date -d "${BASH_REMATCH[1]}" +%s))) s, by Slurm's record"
         fi
