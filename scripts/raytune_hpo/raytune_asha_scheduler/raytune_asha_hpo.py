@@ -6,10 +6,10 @@
     sbatch head_node_raytune_asha_hpo.slurm                   # cluster, or the sandbox of mini_slurm.sh
     LR_UPPER=1e-3 BS_CHOICES="2 4" sbatch head_node_raytune_asha_hpo.slurm          # another search space
 
-The head script starts Ray, then runs this file. By hand, with nothing but ds_config.json beside this file:
+The head script starts Ray, then runs this file. By hand, with ds_config.json in its folder or in one above:
 
     ray start --head --num-cpus=4 --resources='{"trial_slot": 1}'           # room for one trial at a time
-    python raytune_asha_hpo.py --run-dir results
+    WORKERS_PER_TRIAL=1 python raytune_asha_hpo.py --run-dir results      # two workers need two GPUs, or none
 """
 
 import argparse
@@ -27,7 +27,7 @@ from types import SimpleNamespace
 
 import ray  # torch, deepspeed and transformers are imported where they are used: in the training processes
 from ray import train, tune
-from ray.tune.integration.ray_train import TuneReportCallback as ForwardReportsToTune
+from ray.tune.integration.ray_train import TuneReportCallback as ForwardReportsToTune  # ours is below
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
@@ -168,7 +168,7 @@ def collate(rows, accepted=("logits_to_keep",)):
 
 
 # ---- Training: one configuration, with or without Ray ------------------------------------------------------
-FOLDERS = Path(__file__).resolve().parents  # the nearest ds_config.json counts; without one, no DeepSpeed
+FOLDERS = Path(__file__).resolve().parents  # the nearest ds_config.json counts; without one no DeepSpeed
 DS_CONFIG = next((d / "ds_config.json" for d in FOLDERS if (d / "ds_config.json").exists()), None)
 
 
@@ -192,9 +192,9 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
     import deepspeed
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
     ds_config = json.loads(DS_CONFIG.read_text()) if DS_CONFIG else None
-    if ds_config and not gpu:
+    if ds_config and not gpu:  # on CPUs, overlapping and contiguous gradients are slower
         ALL_OPS.pop("deepspeed_shm_comm", None)  # else DeepSpeed compiles a kernel; gloo does the same
-        ds_config["zero_optimization"] |= {"overlap_comm": False, "contiguous_gradients": False}  # slower
+        ds_config.setdefault("zero_optimization", {}).update(overlap_comm=False, contiguous_gradients=False)
         deepspeed.init_distributed(dist_backend="gloo")
     drawn = {TRAINING_ARGUMENT.get(name, name): value for name, value in hyperparameters.items()}
     fields = {
@@ -208,8 +208,8 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
     torch.manual_seed(s.SEED)
     safe = {"use_safetensors": True, "trust_remote_code": False}  # no code that comes with a model is run
     # In fp16 the usual -65,504 and a score of -16 make -inf, and a row of them NaN; -30,000 masks as well.
-    hide = transformers.masking_utils.eager_mask
-    transformers.AttentionMaskInterface.register("eager", lambda *a, **k: hide(*a, **k).clamp(min=-30_000))
+    mask = transformers.masking_utils.eager_mask
+    transformers.AttentionMaskInterface.register("eager", lambda *a, **k: mask(*a, **k).clamp(min=-30_000))
     model = transformers.AutoModelForCausalLM.from_pretrained(s.MODEL_NAME, dtype=torch.float32, **safe)
     accepted = tuple(inspect.signature(model.forward).parameters)
     trainer = transformers.Trainer(
@@ -241,7 +241,7 @@ def train_loop_per_worker(config):
 
     class TuneReportCallback(TrainerCallback):  # a report after each evaluation, so ASHA's rungs are epochs
         def on_evaluate(self, args, state, control, metrics, **kwargs):
-            loss = metrics["eval_answer_loss"]
+            loss = metrics["eval_answer_loss"]  # the Trainer's own eval_loss is a mean over batches
             loss = loss if math.isfinite(loss) else math.nan  # no rung counts a NaN; the trial ends
             report({"eval_loss": loss, "epoch": float(round(state.epoch))})
 
@@ -250,7 +250,7 @@ def train_loop_per_worker(config):
 
 
 def run_trial(config, s, data, worker, run_dir):
-    """One trial: Ray Train starts W workers and passes on their reports. Tune may end it at any report."""
+    """One trial: Ray Train starts W workers and passes on their reports. fast_trials.py has a faster one."""
     from ray.train.torch import TorchTrainer
     TorchTrainer(
         train_loop_per_worker,
@@ -263,7 +263,7 @@ def run_trial(config, s, data, worker, run_dir):
 
 
 # ---- Search ------------------------------------------------------------------------------------------------
-NEIGHBOURS = ["fast_trials", "run_state", "trial_log"]  # each is optional: its first line says what it does
+NEIGHBOURS = ["fast_trials", "run_state", "trial_log"]  # optional: each says in its first line what it does
 
 
 def say(text, log=sys.stdout):  # one line of the log, also where a neighbour has sent sys.stdout elsewhere
@@ -281,11 +281,10 @@ def search(s, run_dir):
         if time.monotonic() > deadline:
             sys.exit(f"ERROR: WORKER_DEADLINE={s.WORKER_DEADLINE}: no worker node joined in these seconds")
         time.sleep(0.1)
-    slots, gpus = int(resources["trial_slot"]), s.GPUS_PER_WORKER if "GPU" in resources else 0
+    room, Gw = int(resources["trial_slot"]), s.GPUS_PER_WORKER if "GPU" in resources else 0
     say(f"data: {len(rows[0])} training and {len(rows[1])} validation questions, from {s.SQUAD_DATA}")
-    on = "GPUs" if gpus else "CPUs"
-    say(f"cluster: {slots} trial(s) at once, {s.WORKERS_PER_TRIAL} workers each, on {on}")
-    worker = {"CPU": s.CPUS_PER_WORKER} | ({"GPU": gpus} if gpus else {})  # what each needs
+    say(f"cluster: {room} trial(s) at once, {s.WORKERS_PER_TRIAL} workers each, on {'GPU' if Gw else 'CPU'}s")
+    worker = {"CPU": s.CPUS_PER_WORKER} | ({"GPU": Gw} if Gw else {})  # what each needs
     data = ray.put(rows)  # once, for all trials; in a list Tune hands the reference on, not the rows
     trial = tune.with_parameters(run_trial, s=s, data=[data], worker=worker, run_dir=run_dir)
     plan = SimpleNamespace(
@@ -322,7 +321,8 @@ def best_report(results, s):
         else:
             reports += saved.dropna(subset="eval_loss").to_dict("records")
     if not reports or len(results) < s.NUM_SAMPLES:
-        sys.exit(f"ERROR: {len(results)} of {s.NUM_SAMPLES} trials ran, {failed} failed")
+        why = "" if reports else ", none reported a finite loss"
+        sys.exit(f"ERROR: {len(results)} of {s.NUM_SAMPLES} trials ran, {failed} failed{why}")
     best = min(reports, key=lambda report: report["eval_loss"])
     drawn = {name.split("/")[-1]: best[name] for name in best if "/train_loop_config/" in name}
     best = {name: best[name] for name in ("eval_loss", "epoch", "time_total_s")}
