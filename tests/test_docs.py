@@ -180,9 +180,10 @@ def test_commands_name_existing_files_and_options(helps):
                 path = re.sub(r"^\w+=", "", word)  # or the value of a variable
                 there = any(folder.glob(path)) if folder else exists(path, document.parent)
                 assert there, f"{document}: no such file: {line}"
-        told = next((by_name[Path(word).name] for word in words if Path(word).name in by_name), None)
-        for option in {word.split("=")[0] for word in words if word.startswith("--")} - {"--help"}:
-            assert told is None or re.search(rf"{option}\b", told), f"{document}: no {option}: {line}"
+        ours = next((i for i, word in enumerate(words) if Path(word).name in by_name), len(words))
+        told = by_name.get(Path(words[ours]).name) if words[ours:] else None
+        for option in {word.split("=")[0] for word in words[ours:] if word.startswith("--")} - {"--help"}:
+            assert re.search(rf"{option}\b", told), f"{document}: no {option}: {line}"
         if "tests/mini_slurm.sh" in words:
             assert words[words.index("tests/mini_slurm.sh") + 1] in ("up", "down", "status", "--help"), line
 
