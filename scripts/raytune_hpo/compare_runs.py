@@ -151,7 +151,7 @@ def lowest_so_far(run):
     trials = [t for t in run.trials.values() if t.status != "FAILED"]
     points = [(t.moments[epoch], loss) for t in trials for loss, epoch in t.finite() if epoch in t.moments]
     runtimes = [t.seconds(run.now) or 0 for t in trials]
-    if run.manual and (not points or sum(runtimes) > run.now):  # a CSV, or resumed: one after the other
+    if run.manual and (not points or sum(runtimes) > run.now):  # resumed: one after the other
         ends = itertools.accumulate(runtimes)
         points = [(end, t.best()) for t, end in zip(trials, ends) if t.finite()]
     lowest = []

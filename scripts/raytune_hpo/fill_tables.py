@@ -272,7 +272,7 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="LOG_OR_RUN_FOLDER",
-        help="log of a head job, run folder, or log or CSV of the manual grid")
+        help="log of a head job or of the manual grid, or run folder")
     add("--tables", metavar="FILE",
         help="write the tables (Markdown) into this file instead of printing them")
     add("--csv", metavar="FILE", help="write the trials, one row each")

@@ -6,7 +6,6 @@ Used by fill_tables.py. The standard library only. Text of a log is never evalua
 import ast
 import codecs
 import contextlib
-import csv
 import datetime
 import itertools
 import json
@@ -35,9 +34,6 @@ FORECAST = re.compile(r"forecast: (\d+ to \d+ of \d+ epochs.*)")
 PRECISION = re.compile(r"(?:joined|this node): .* GPUs.*, (bf16|fp16|fp32)(?:, \d+ trial|$)")
 HELD = re.compile(r"worker job (\S+) held its node for (\d{1,9}) s")
 CLUSTER = re.compile(r"cluster: (\d{1,9}(?:\.\d+)?) trial\(s\) at once, (\d+) workers each, on (GPUs|CPUs)")
-RAY_NOW = re.compile(r"Current time: (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)")  # Ray's lines above its tables
-RAY_RUNNING = re.compile(r"(?:Number of trials|Trial status): .*?\b(\d{1,9}) RUNNING")
-RAY_GPUS = re.compile(r"Logical resource usage: .*, (\d{1,9}(?:\.\d+)?)/\S+ GPUs")
 SCHEDULER = re.compile(r"\S+  (?:stopped    by (.+?) after|copies  )")  # only PBT's trials copy one another
 DONE_BEFORE = re.compile(r"(lr=\S+ per_device_bs=\S+ wd=\S+) is in \S+ already$")
 FOLDER_OF_RAY = re.compile(r"(.+_\d{5,})_\d+_.+")  # of a trial: its name, and what Ray puts after it
@@ -103,7 +99,6 @@ class Run:
     cluster_at: float = 0.0
     on_gpus: bool = False
     precisions: set = field(default_factory=set)  # of its nodes: bf16, fp16, fp32
-    running: int = 0  # the most trials that a line of Ray's counts as running
     manual_gpus: int = None  # of the line "GPUs:" of a manual grid
     manual: bool = False
     scheduler: str = "ASHA"
@@ -306,15 +301,6 @@ def read_manual(run, kind, words, cause):
     run.manual = True
 
 
-def read_rows(run, lines):
-    """Puts the rows of the manual grid's CSV into run.trials; the first line has the names."""
-    for row in csv.DictReader(lines):
-        if not {"lr", "eval_loss", "runtime_s"} <= set(row):
-            raise NotALog(f"{run.source}: is not the CSV of the manual grid (columns {GRID_CSV})")
-        words = (f"{key}={value}" for key, value in row.items() if key and value)
-        read_manual(run, "RESULT", " ".join(words), "")
-
-
 def read_best(text):
     """The line under "Best Trial Result:" as {"eval_loss", "epoch", "time_total_s", "params"}, or None."""
     try:
@@ -389,14 +375,6 @@ def read_log(path):
                 run.held[held[1]] = int(held[2])
             elif ended := re.match(r"ended with exit status (\d{1,3})", text):
                 run.exit_status = int(ended[1])
-        elif moment := RAY_NOW.match(line):
-            with contextlib.suppress(ValueError, TypeError):  # no such moment, or no START
-                since = datetime.datetime.fromisoformat(moment[1]) - run.start
-                run.now = max(run.now, since.total_seconds())
-        elif running := RAY_RUNNING.match(line):
-            run.running = max(run.running, int(running[1]))
-        elif gpus := RAY_GPUS.match(line):
-            run.on_gpus = run.on_gpus or float(gpus[1]) > 0
         elif in_settings and (setting := SETTING.match(line)):
             run.settings[setting[1]] = (setting[2] or "").strip()
         elif line.startswith("Best Trial Result:"):
@@ -406,8 +384,9 @@ def read_log(path):
             read_manual(run, result[1], result[2], result[3])
             ours = True
         elif line == GRID_CSV:  # the grid's file at the end of its log: also results of earlier jobs
-            rows = itertools.takewhile(re.compile(r"[\d.e+-]+,\d").match, lines[number + 1 :])
-            read_rows(run, [line, *rows])
+            for row in itertools.takewhile(re.compile(r"[\d.e+-]+,\d").match, lines[number + 1 :]):
+                words = (f"{key}={value}" for key, value in zip(GRID_CSV.split(","), row.split(",")) if value)
+                read_manual(run, "RESULT", " ".join(words), "")
         elif gpus := re.match(r"GPUs: (\d{1,5})$", line):
             run.manual_gpus = int(gpus[1])
     wanted = "logs/ray_head_bloom_5epochs-<jobid>.out"
@@ -416,14 +395,6 @@ def read_log(path):
     if not ours and not run.start:
         raise NotALog(f"{path}: is not the log of a search (no START, no table of trials); give {wanted}")
     run.manual = run.manual or role == "manual"
-    return run
-
-
-def read_csv(path):
-    """The CSV of the manual grid as a Run. Raises NotALog."""
-    run = Run(str(path), job=path.stem, manual=True,
-              notes=["a CSV has no START and FINISH, no settings and no number of GPUs"])
-    read_rows(run, [line for line in read_text(path) if line])
     return run
 
 
@@ -490,7 +461,7 @@ def lowest_losses(folder):
 def parse(text, exit_status=None):
     """An input of the command line as a Run; with an exit status it finishes now. Raises NotALog."""
     path = Path(text)
-    run = read_folder(path) if path.is_dir() else read_csv(path) if path.suffix == ".csv" else read_log(path)
+    run = read_folder(path) if path.is_dir() else read_log(path)
     if exit_status is not None:
         run.exit_status = exit_status
         finish_now(run)
@@ -507,17 +478,11 @@ def finish_now(run):
 
 
 def settle_time(run):
-    """The seconds from START to FINISH, also if the clock was changed in between."""
+    """The seconds from START to FINISH."""
     if run.finish:
         run.now = (run.finish - run.start).total_seconds()
-        if run.zones[0] != run.zones[1]:
-            offsets = [re.fullmatch(r"([+-]\d\d):?(\d\d)?", zone) for zone in run.zones]
-            if all(offsets):
-                minutes = [int(o[1]) * 60 + int(o[1][0] + (o[2] or "0")) for o in offsets]
-                run.now -= (minutes[1] - minutes[0]) * 60
-            elif not any(note.startswith("the clock") for note in run.notes):
-                run.notes.append(f"the clock was changed during the job ({' to '.join(run.zones)}): "
-                                 "times may be an hour off")
+        note = f"the clock was changed during the job ({' to '.join(run.zones)}): times may be an hour off"
+        run.notes += [note] if run.zones[0] != run.zones[1] and note not in run.notes else []
 
 
 def settle(run):
@@ -579,7 +544,7 @@ def trials_at_once(run):
     for _, step in edges:
         running += step
         most = max(most, running)
-    return int(sum(slots for _, _, slots, _ in run.nodes) or run.slots or max(most, run.running, 1))
+    return int(sum(slots for _, _, slots, _ in run.nodes) or run.slots or max(most, 1))
 
 
 def further_names(runs):
