@@ -66,7 +66,7 @@ def one(demo, tmp_path_factory):
     model = strong_scores(demo / "model", tmp_path_factory.mktemp("strong") / "model")
     strong = FROZEN | {"model": model}
     strong = {f"{precision}, strong scores": strong | {"precision": precision} for precision in PRECISIONS}
-    more = precisions | diverging | strong
+    more = {"no zero": {"engine": "no zero"}} | precisions | diverging | strong
     return train(demo, 1, plain | ours | {"again": {}} | {"frozen": FROZEN} | more | stages)
 
 
@@ -96,6 +96,10 @@ def test_each_hyperparameter_changes_the_weights_with_deepspeed_and_without(one)
         ours, plain = one[f"deepspeed {i}"], one[f"plain {i}"]
         assert ours["optimizer"] == "DeepSpeedZeroOptimizer" and plain["optimizer"] == "AdamW"
         assert ours["eval_loss"][0] == pytest.approx(plain["eval_loss"][0], rel=1e-3)
+
+
+def test_any_deepspeed_configuration_trains(one):
+    assert one["no zero"]["eval_loss"][0] == pytest.approx(one["deepspeed 0"]["eval_loss"][0], rel=1e-3)
 
 
 def test_a_training_leaves_nothing_to_the_next_one_in_its_process(one):

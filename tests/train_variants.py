@@ -2,9 +2,10 @@
 
     torchrun --standalone --nproc_per_node=2 train_variants.py MODEL SQUAD TRAINING...
 
-TRAINING: a JSON dict of hyperparameters. Its key "engine", if any, is "none" (training without DeepSpeed) or a ZeRO
-stage instead of the shipped one. Those with "none" come first: accelerate cannot switch back from DeepSpeed. Its keys
-"precision" and "model" stand for PRECISION and MODEL_NAME. CPUs compute fp16, slowly; DeepSpeed is told that they do.
+TRAINING: a JSON dict of hyperparameters. Its key "engine", if any, is "none" (training without DeepSpeed), a ZeRO stage
+instead of the shipped one, or "no zero" (a ds_config.json that does not speak of ZeRO). Those with "none" come first:
+accelerate cannot switch back from DeepSpeed. Its keys "precision" and "model" stand for PRECISION and MODEL_NAME. CPUs
+compute fp16, slowly; DeepSpeed is told that they do.
 """
 
 import json
@@ -54,7 +55,10 @@ def main():
     for training in map(json.loads, trainings):
         stage, watch = training.pop("engine", 2), Watch()
         settings.PRECISION, settings.MODEL_NAME = training.pop("precision", "auto"), training.pop("model", model)
-        written.write_text(json.dumps(SHIPPED | {"zero_optimization": SHIPPED["zero_optimization"] | {"stage": stage}}))
+        config = SHIPPED | {"zero_optimization": SHIPPED["zero_optimization"] | {"stage": stage}}
+        if stage == "no zero":
+            del config["zero_optimization"]
+        written.write_text(json.dumps(config))
         hpo.DS_CONFIG = None if stage == "none" else written
         hpo.fine_tune(training, settings, *rows, callbacks=[watch])
         results.append(watch.seen)
