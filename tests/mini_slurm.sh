@@ -9,7 +9,9 @@
 # `up` writes nothing but the export line of SLURM_CONF to stdout; the log is on stderr. Jobs run on this
 # machine as the user who submits them; the CPUs and GPUs of the nodes are booked, not there.
 # All files are in one folder, MINI_SLURM_DIR (default: /tmp/mini_slurm.<uid>); several can be up at once, and
-# a Slurm in /etc/slurm is not touched. MINI_SLURM_FIRST_JOB is the number of its first job (default: 1). Started by root it serves all users, by another user only that user.
+# a Slurm in /etc/slurm is not touched. MINI_SLURM_FIRST_JOB is the number of its first job (default: the one after the last
+# that has a log in this repository, so that no job writes into another's files). Started by root it serves all users, by
+# another user only that user.
 
 set -euo pipefail
 
@@ -51,6 +53,11 @@ free_ports() {      # prints $1 ports that nobody listens on, below those that t
     echo "${ports[@]}"
 }
 
+last_job() {        # the highest job id among the logs of this repository, or nothing
+    find "$(dirname "${BASH_SOURCE[0]}")/../experiments" -name '*-*.out' ! -name '*-local-*' 2>/dev/null |
+        sed -nE 's/.*-0*([0-9]{1,7})\.out$/\1/p' | sort -n | tail -n 1
+}
+
 write_config() {
     local ctld_port head_port worker1_port worker2_port i
     local address="NodeHostname=localhost NodeAddr=127.0.0.1 RealMemory=512000"
@@ -79,7 +86,7 @@ END
 ClusterName=sandbox
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort=$ctld_port
-FirstJobId=${MINI_SLURM_FIRST_JOB:-1}
+FirstJobId=${MINI_SLURM_FIRST_JOB:-$(($(last_job) + 1))}
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 AuthType=auth/munge

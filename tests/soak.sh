@@ -26,6 +26,7 @@ trap 'MINI_SLURM_DIR=$DIR/slurm bash "$REPO/tests/mini_slurm.sh" down 2>/dev/nul
 bash "$REPO/scripts/setup_env.sh"
 mkdir "$DIR/repo"
 cp -r "$REPO/scripts" "$REPO/experiments" "$DIR/repo"
+find "$DIR/repo/experiments" \( -name '*.out' -o -path '*/runs/*' \) -delete   # not those of earlier jobs of the same number
 ln -s "$REPO/.venv" "$DIR/repo/.venv"
 "$REPO/.venv/bin/python" "$REPO/scripts/demo_assets.py" "$DIR/demo" >/dev/null
 conf=$(MINI_SLURM_DIR=$DIR/slurm bash "$REPO/tests/mini_slurm.sh" up 2>/dev/null) && eval "$conf"

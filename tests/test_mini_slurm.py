@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -196,6 +197,18 @@ def test_another_user_can_submit(slurm):
         options = {"user": user, "extra_groups": []} if os.geteuid() == 0 else {}
         job_id = slurm.submit(folder, HEAD, "id -un", **options)
         assert slurm.output(folder, job_id) == [user]
+
+
+def test_a_new_sandbox_counts_on_from_the_jobs_that_have_logs_here(new_sandbox, tmp_path, monkeypatch):
+    """Else a run's log would be appended to that of another run, and runs/<jobid> would be another's folder."""
+    logs = tmp_path / "experiments/exercise/logs"
+    logs.mkdir(parents=True)
+    for name in ("head-9.out", "worker-0041.out", "head-local-1127-145057-20715.out"):
+        (logs / name).touch()
+    (tmp_path / "tests").mkdir()
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", shutil.copy(SCRIPT, tmp_path / "tests"))
+    new_sandbox.up()
+    assert str(new_sandbox.submit(tmp_path, HEAD, "true")) == "42"
 
 
 def test_up_repairs_what_is_half_dead(new_sandbox):
