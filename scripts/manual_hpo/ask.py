@@ -111,7 +111,8 @@ def unseen(s, count):
     seen.update(text(row) for row in hpo.draw(eval_rows, s.EVAL_SAMPLES, s.SEED))
     rest = list({text(row): row for row in eval_rows if text(row) not in seen}.values())
     if not rest or (count or 1) > len(rest):
-        why = f"{s.SQUAD_DATA} has only {len(rest)} questions beside those of the run; ask for at most {len(rest)}"
+        fix = f"ask for at most {len(rest)}" if rest else "add some to its validation file"
+        why = f"{s.SQUAD_DATA} has only {len(rest)} questions beside those of the run; {fix}"
         raise InputError(f"TEST_SAMPLES={str(count or 100)!r}: {why}")
     return random.Random(s.SEED).sample(rest, count or min(100, len(rest)))
 
