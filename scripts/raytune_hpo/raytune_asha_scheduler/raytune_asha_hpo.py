@@ -27,7 +27,7 @@ from types import SimpleNamespace
 
 import ray  # torch, deepspeed and transformers are imported where they are used: in the training processes
 from ray import train, tune
-from ray.tune.integration.ray_train import TuneReportCallback as ForwardReportsToTune  # ours is below
+from ray.tune.integration.ray_train import TuneReportCallback as ForwardReportsToTune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
