@@ -393,6 +393,8 @@ def test_a_log_of_rays_own_lines_alone(read, tmp_path):
     assert list(found["Table 3"][0].values()) == ["0.000176918", "2", "0", "1.6", "6.50212", "5"]
     assert "FAILED: see /tmp/s/tune/TorchTrainer_db630_00002_2" in text and "It is combo 5." in text
     assert "Epochs trained: 18 of 25" in text
+    cluster = "10:00:00 search | cluster: 2 trial(s) at once, 2 workers each, on CPUs\n"  # the lesson's own line
+    assert "with 2 trial(s) at once" in read(cluster + (LOGS / "ray_plain.out").read_text())[1]
     found, text = read(before("== Status ==\nCurrent time: 2026-11-26 01:08:30",
                               (LOGS / "ray_plain.out").read_text()))
     assert found["Table 1"][0]["Total Job Time"].endswith(" so far")

@@ -197,14 +197,18 @@ def test_a_slurm_that_stays_silent_is_asked_again_and_a_wrong_question_is_not(tm
     assert (tmp_path / "bin/scontrol.calls").read_text() == "\n"
 
 
-@pytest.mark.parametrize("node_addr, hosts, address", [
-    ("n1", "10.0.0.1", "10.0.0.1"), ("10.0.0.7", "10.0.0.7", "10.0.0.7"),
-    ("n1", "127.0.1.1", "10.0.0.9"),  # Debian's /etc/hosts for a machine's own name: no other node reaches that
-    ("127.0.0.1", "127.0.0.1", "127.0.0.1"),  # a Slurm of one machine
+OWN_ADDRESSES = "10.0.0.9 fe80::1"
+
+
+@pytest.mark.parametrize("node_addr, hosts, own, address", [
+    ("n1", "10.0.0.1", OWN_ADDRESSES, "10.0.0.1"), ("10.0.0.7", "10.0.0.7", OWN_ADDRESSES, "10.0.0.7"),
+    ("n1", "127.0.1.1", OWN_ADDRESSES, "10.0.0.9"),  # Debian's /etc/hosts for its own name: no other node reaches that
+    ("127.0.0.1", "127.0.0.1", OWN_ADDRESSES, "127.0.0.1"),  # a Slurm of one machine
+    ("n1", "127.0.1.1", "", "127.0.0.1"),  # that without a network
 ])  # fmt: skip
-def test_the_address_of_a_node_is_one_that_others_reach(tmp_path, node_addr, hosts, address):
+def test_the_address_of_a_node_is_one_that_others_reach(tmp_path, node_addr, hosts, own, address):
     for name, answer in {"scontrol": f"NodeName=n1 NodeAddr={node_addr} x", "getent": f"{hosts} STREAM n1",
-                         "hostname": "10.0.0.9 fe80::1"}.items():  # fmt: skip
+                         "hostname": own}.items():  # fmt: skip
         path = stand_in(tmp_path / "bin", name, f"echo {answer}")
     assert shell("node_address", "slurm_script", PATH=path, SLURM_JOB_ID="7", SLURMD_NODENAME="n1") == (0, [address])
 
@@ -225,6 +229,17 @@ def test_a_run_is_continued_only_if_no_job_works_on_it(tmp_path, squeue, job, st
     found, lines = shell(f"EXERCISE={tmp_path}; which_run", PATH=path, RESUME=str(run))
     assert found == status and (re.search(said, lines[-1]) if said else lines == [])
     assert (run / "shutdown.txt").exists() == (status == 1)  # else the workers of the run would leave at once
+
+
+def test_what_a_worker_has_cost_is_asked_once_and_not_of_a_busy_slurm(tmp_path):
+    """A record that is gone does not hide the others; a controller that does not answer is not waited for."""
+    record = "echo JobState=COMPLETED StartTime=2026-11-27T10:00:00 EndTime=2026-11-27T10:01:30"
+    for answer, said in {"Invalid job id specified": ["6"], "Socket timed out on send/recv": []}.items():
+        path = stand_in(tmp_path / "bin", "scontrol", f"[[ $3 == 6 ]] && {record} && exit; echo '{answer}' >&2; exit 1")
+        stand_in(tmp_path / "bin", "squeue", "exit 0")
+        status, lines = shell(f"RUN_DIR={tmp_path} WORKER_JOBS=(5 6); release_workers", PATH=path)
+        assert status == 0 and [line.split(" | ")[1] for line in lines] == [
+            f"worker job {job} held its node for 90 s, by Slurm's record" for job in said]  # fmt: skip
 
 
 def test_a_replacement_that_is_refused_is_tried_again_at_the_next_look(tmp_path):

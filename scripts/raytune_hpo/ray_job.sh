@@ -99,7 +99,7 @@ node_address() {                                       # the address other nodes
         name=${name:-$(hostname)}
         address=$(getent ahostsv4 "$name" | awk 'NR == 1 { print $1 }')
         if [[ $address == 127.* && $name != 127.* ]]; then   # its own name in /etc/hosts, as Debian writes it; no other node reaches that
-            address=$(hostname -I | cut -d' ' -f1)
+            address=$(hostname -I | awk 'END { print NF ? $1 : "127.0.0.1" }')
         fi
         printf '%s\n' "$address"
     fi

@@ -181,6 +181,7 @@ def watch(text, folder=None):
     if moving and run:
         console.print(view(console, run, room=console.height - 10))  # stays, as that screen does not
     if report and run and run.finish:
+        print("the job has ended; drawing its report", flush=True)
         try:
             report.draw(run, now=True)
         except KeyboardInterrupt:

@@ -231,7 +231,7 @@ release_workers() {                                    # the workers leave, and 
     done
     ! some_workers_left || cancel_workers
     for job in "${WORKER_JOBS[@]}"; do
-        record=$(scontrol show job "$job" 2>&1) || { ! is_busy "$record" || break; continue; }   # no time to ask again before a time limit
+        record=$(scontrol show job "$job" 2>&1) || ! is_busy "$record" || break   # near a time limit nobody can be asked again
         if [[ $record != *JobState=RUNNING* && $record =~ StartTime=([0-9T:-]+)\ EndTime=([0-9T:-]+) ]]; then
             say "worker job $job held its node for $(($(date -d "${BASH_REMATCH[2]}" +%s) - $(date -d "${BASH_REMATCH[1]}" +%s))) s, by Slurm's record"
         fi
