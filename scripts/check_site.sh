@@ -24,10 +24,10 @@ HEAD=$EXERCISE/head_node_raytune_asha_hpo.slurm
 WORKER=$EXERCISE/worker_node_raytune_asha_hpo.slurm
 ROLE="login" RUN_DIR="" WAIT=10 EXPORT=${SBATCH_EXPORT:-ALL}
 TRIALS=1 NEXT_LOOK=0 STATE=""
-# shellcheck source=SCRIPTDIR/raytune_hpo/ray_job.sh
-source "$REPO/scripts/raytune_hpo/ray_job.sh"                # what a run does: node_address, prepare_ray ...
+# shellcheck source=SCRIPTDIR/job/ray_job.sh
+source "$REPO/scripts/job/ray_job.sh"                # what a run does: node_address, prepare_ray ...
 export -f node_address on_slurm ask is_busy fail   # so that timeout can end them
-export PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$REPO/scripts/raytune_hpo${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$REPO/scripts/job${PYTHONPATH:+:$PYTHONPATH}"
 
 # ---- Lines -----------------------------------------------------------------------------------------------------------
 declare -A COUNT=([ok]=0 [warning]=0 [FAILED]=0)
@@ -167,7 +167,7 @@ check_shm() {
 
 check_limits() {
     local processes files need=$((NODE_THREADS + TRIALS * TRIAL_THREADS)) what
-    processes=$(python "$REPO/scripts/raytune_hpo/this_node.py" --processes) files=$(ulimit -n)
+    processes=$(python "$REPO/scripts/job/this_node.py" --processes) files=$(ulimit -n)
     what="processes: $processes more may be started, $TRIALS trial(s) at once need $need ($NODE_THREADS for Ray, $TRIAL_THREADS a trial)"
     if [[ $processes == inf ]] || ((processes >= need)); then
         ok "$what"
@@ -186,13 +186,13 @@ check_socket() {                                             # the longest name 
     if said=$(mkdir -p "${path%/*}" 2>&1 && timeout 30 python -c 'import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])' "$path" 2>&1); then
         ok "socket path: ${#path} of at most 107 characters"
     else
-        failed "socket path: $(last "$said"): $path has ${#path} of at most 107 characters; fix: a shorter RAY_TMP in scripts/raytune_hpo/ray_job.sh"
+        failed "socket path: $(last "$said"): $path has ${#path} of at most 107 characters; fix: a shorter RAY_TMP in scripts/job/ray_job.sh"
     fi
 }
 
 check_gpus() {                                               # and trials at once, as a worker job counts them; sets TRIALS
     local said cpus gpus Gw node
-    if ! said=$(timeout 120 python "$REPO/scripts/raytune_hpo/this_node.py" 2>&1); then
+    if ! said=$(timeout 120 python "$REPO/scripts/job/this_node.py" 2>&1); then
         failed "GPUs: $(last "${said:-no answer within 120 s}" | sed 's/^ERROR: //')"
         return
     fi
@@ -203,11 +203,11 @@ check_gpus() {                                               # and trials at onc
         ok "GPUs: PyTorch computes on $gpus; this node: $node"
     fi
     on_slurm || return                                       # without it trials may share CPUs
-    if said=$(python "$REPO/scripts/raytune_hpo/worker_capacity.py" --Cnode "$cpus" --Gnode "$gpus" --Gw "$Gw" 2>&1); then
+    if said=$(python "$REPO/scripts/job/worker_capacity.py" --Cnode "$cpus" --Gnode "$gpus" --Gw "$Gw" 2>&1); then
         ok "$(head -n 1 <<<"$said")"
         TRIALS=$(grep -oP '^capacity: \K\d+' <<<"$said")
         while IFS= read -r said; do ok "$said"; done < <(
-            timeout 60 python "$REPO/scripts/raytune_hpo/forecast.py" --slots "$((TRIALS * ${WORKER_NODES:-1}))" --Gw "$Gw" 2>/dev/null)
+            timeout 60 python "$REPO/scripts/job/forecast.py" --slots "$((TRIALS * ${WORKER_NODES:-1}))" --Gw "$Gw" 2>/dev/null)
     else
         failed "capacity: $(last "$said")"
     fi

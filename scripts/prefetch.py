@@ -20,8 +20,8 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "raytune_hpo"))
 import check_inputs
+import rooms  # noqa: F401
 from check_inputs import InputError
 from check_inputs import lesson as hpo
 

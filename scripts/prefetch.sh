@@ -11,7 +11,7 @@
 set -euo pipefail
 
 REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-CHECK=$REPO/scripts/raytune_hpo/check_inputs.py
+CHECK=$REPO/scripts/job/check_inputs.py
 
 fail() {
     printf 'ERROR: %s\n' "$*" >&2

@@ -27,8 +27,8 @@ HEAD = "head_node_raytune_asha_hpo.slurm"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["GOMP_SPINCOUNT"] = "1000"  # as in ray_job.sh: trainings share cores here
-for folder in ("manual_hpo", "raytune_hpo"):  # the tools import one another from there
-    sys.path.insert(0, str(REPO / "scripts" / folder))
+sys.path.insert(0, str(REPO / "scripts"))
+import rooms  # noqa: F401
 
 
 def wait_for(condition, seconds, what):

@@ -14,7 +14,7 @@ import sys
 import pytest
 from conftest import EXERCISE, HEAD, REPO
 
-CHECK = REPO / "scripts/raytune_hpo/check_inputs.py"
+CHECK = REPO / "scripts/job/check_inputs.py"
 OURS = ("SLURM_", "SBATCH_", "RAY_", "LR_", "BS_", "WD_")
 SLURM = {"SLURM_JOB_ID": "4711"}
 STUB = '#!/bin/bash\necho "${0##*/} $*" >>"$(dirname "$0")/called"\n'

@@ -194,10 +194,10 @@ def test_a_check_fails(site, inputs, command, before, said):
     (site / "stub").mkdir()
     (site / "stub/torch.py").write_text(TORCH)
     if "ray_tmp" in before:  # a site whose jobs have a /tmp of their own
-        edit(site / "scripts/raytune_hpo/ray_job.sh", '"/tmp/ray_', '"$RAY_AT/ray_')
+        edit(site / "scripts/job/ray_job.sh", '"/tmp/ray_', '"$RAY_AT/ray_')
         before = before.replace("; ray_tmp", "")
     if command == "check_gpus":  # a driver is there
-        edit(site / "scripts/raytune_hpo/this_node.py", "/dev/nvidiactl", "/dev/null")
+        edit(site / "scripts/job/this_node.py", "/dev/nvidiactl", "/dev/null")
     choose = "choose_python; " if command != "check_packages" else ""
     shell = MOUNTS if "mount" in before else ("bash", "-c")
     lines = one_check(site, f"{choose}{before}; {command}", shell, **inputs)

@@ -252,7 +252,7 @@ def test_the_worked_example_follows_the_rule():
 
 
 def test_the_capacity_table_is_what_the_tool_computes():
-    trials_at_once = load_module(REPO / "scripts/raytune_hpo/worker_capacity.py").trials_at_once
+    trials_at_once = load_module(REPO / "scripts/job/worker_capacity.py").trials_at_once
     rows = table(EXERCISE_README, "Cnode")
     assert len(rows) >= 5
     for *numbers, limit in rows:

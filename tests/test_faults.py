@@ -74,7 +74,7 @@ def test_a_worker_that_cannot_work_tells_the_head_why(cluster, demo):
     worker = cluster.folder / "worker_node_raytune_asha_hpo.slurm"
     path = f"umask 077\nexport PYTHONPATH={cluster.folder}\n"
     worker.write_text(worker.read_text().replace("umask 077\n", path))
-    functions = cluster.folder.parents[3] / "scripts/raytune_hpo/this_node.py"  # a driver is there
+    functions = cluster.folder.parents[3] / "scripts/job/this_node.py"  # a driver is there
     functions.write_text(functions.read_text().replace("/dev/nvidiactl", "/dev/null"))
     job = cluster.submit(**demo_run(demo))
     assert cluster.wait_for_end(job, 90)["ExitCode"] == "1:0"
@@ -135,7 +135,7 @@ def test_replacements_have_an_end_and_each_worker_that_cannot_work_says_why(clus
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     root = cluster.folder.parents[3]
     (root / ".venv").unlink()  # as with conda or modules, PATH has the environment: each job's EDIT block counts
-    functions = root / "scripts/raytune_hpo/this_node.py"
+    functions = root / "scripts/job/this_node.py"
     functions.write_text(functions.read_text().replace("/dev/nvidiactl", str(driver)))
     worker = cluster.folder / "worker_node_raytune_asha_hpo.slurm"
     worker.write_text(worker.read_text().replace("\nset -euo pipefail\n", f"""
@@ -225,7 +225,7 @@ def test_trials_that_diverge_raise_or_run_out_of_memory_end_alone(course, demo):
 
 def test_of_two_runs_whose_workers_share_a_node_one_is_cancelled_and_the_other_completes(cluster, demo):
     """Also although tables and pictures cannot be made."""
-    (cluster.folder.parents[3] / "scripts/raytune_hpo/fill_tables.py").write_text("raise SystemExit('none today')\n")
+    (cluster.folder.parents[3] / "scripts/report/fill_tables.py").write_text("raise SystemExit('none today')\n")
     worker = cluster.folder / "worker_node_raytune_asha_hpo.slurm"
     text = worker.read_text()
     half = text.replace("--cpus-per-task=20", "--cpus-per-task=10").replace("--gpus-per-node=8", "--gpus-per-node=4")

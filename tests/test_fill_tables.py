@@ -22,7 +22,7 @@ import pytest
 import read_run
 from conftest import REPO
 
-TOOL = REPO / "scripts/raytune_hpo/fill_tables.py"
+TOOL = REPO / "scripts/report/fill_tables.py"
 LOGS = Path(__file__).parent / "logs"
 COMPLETE = (LOGS / "complete.out").read_text()  # a quickstart run
 RESULTS = json.loads((LOGS / "complete_results.json").read_text())  # its result.json files, shortened

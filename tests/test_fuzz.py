@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 fast = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
-capacity = load_module(REPO / "scripts/raytune_hpo/worker_capacity.py")
+capacity = load_module(REPO / "scripts/job/worker_capacity.py")
 LOG = (REPO / "tests/logs/complete.out").read_text().splitlines()
 
 

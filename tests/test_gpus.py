@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import HEAD, REPO, load_module, quickstart
 
-NODE = REPO / "scripts/raytune_hpo/this_node.py"
+NODE = REPO / "scripts/job/this_node.py"
 TORCH = """
 class One:
     def __init__(self, n, device): pass
@@ -89,7 +89,7 @@ def test_the_quickstart_trains_with_one_worker_on_the_only_gpu(course, demo, tmp
     top = course.parents[3]
     shutil.copytree(demo, top / ".demo", dirs_exist_ok=True)
     (course / HEAD).write_text("echo workers ${WORKERS_PER_TRIAL:-2}\n")
-    tool = top / "scripts/raytune_hpo/this_node.py"
+    tool = top / "scripts/job/this_node.py"
     claimed = f"os.environ['PYTHONPATH'] = '{tmp_path}'\n\nDRIVERS"
     tool.write_text(tool.read_text().replace("/dev/nvidiactl", "/dev/null").replace("\nDRIVERS", claimed))
     stub = {"torch": TORCH, "name": "NVIDIA H100", "bf16": True} | node
@@ -101,8 +101,8 @@ def test_the_quickstart_trains_with_one_worker_on_the_only_gpu(course, demo, tmp
 
 def test_the_precision_of_a_run_is_read_from_its_log_and_stands_in_its_tables(tmp_path):
     """Of a head's log by the line of the worker that joined; of a grid's by its own."""
-    read_run = load_module(REPO / "scripts/raytune_hpo/read_run.py")
-    fill_tables = load_module(REPO / "scripts/raytune_hpo/fill_tables.py")
+    read_run = load_module(REPO / "scripts/report/read_run.py")
+    fill_tables = load_module(REPO / "scripts/report/fill_tables.py")
     start = "===== JOB 5 START  : 2026-11-26 10:00:00 UTC =====\n10:00:01 "
     texts = {"head": "head h | worker 1/1 joined: job 6 on n1, 20 CPUs, 8 GPUs (V100), fp16, 4 trial(s) at once\n",
              "manual": "manual h | this node: 4 CPUs, 2 GPUs (NVIDIA A100), bf16\n",

@@ -66,7 +66,7 @@ def test_with_fewer_gpus_than_workers_no_combination_is_tried(course):
     top, environ = course
     (top / "claimed").mkdir()
     (top / "claimed/torch.py").write_text(TORCH.format(count=1, name="Tesla V100-SXM2-16GB", bf16=False))
-    functions = top / "scripts/raytune_hpo/this_node.py"
+    functions = top / "scripts/job/this_node.py"
     functions.write_text(functions.read_text().replace("/dev/nvidiactl", "/dev/null"))
     grid = top / "experiments/manual" / GRID
     text = grid.read_text()

@@ -45,7 +45,7 @@ TWO = {"WORKERS_PER_TRIAL": "2"}
 
 
 def fill_tables(*arguments):
-    tool = [REPO / ".venv/bin/python", REPO / "scripts/raytune_hpo/fill_tables.py", *arguments]
+    tool = [REPO / ".venv/bin/python", REPO / "scripts/report/fill_tables.py", *arguments]
     return subprocess.run(tool, check=True, capture_output=True, text=True, timeout=60).stdout
 
 
@@ -304,7 +304,7 @@ def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(slurm, course,
     assert "stopped    by ASHA after epoch 1" in logs[0] and job_of(logs[0]) != job_of(logs[1])
     said = r"head worker1 \| inside Slurm job \d+, but not by sbatch: this node alone is used, and no jobs"
     assert re.search(said, logs[1]) and "submitted worker" not in logs[1]
-    assert f"Python: {course.parents[3]}/scripts/container/python" in logs[1]
+    assert f"Python: {course.parents[3]}/scripts/job/container/python" in logs[1]
     for log in logs:
         check_log(log, job_of(log))
         check_results(log, course / "runs" / job_of(log), trials=3, epochs=2)

@@ -209,17 +209,17 @@ def test_the_score_is_squads(monkeypatch):
 
 
 def test_a_student_sees_what_was_learned(kept):
-    shown = call(load_module(REPO / "scripts/manual_hpo/ask.py"), kept[0]).stdout
+    shown = call(load_module(REPO / "scripts/model/ask.py"), kept[0]).stdout
     right, model = (re.findall(rf"    {who}: (.*)", shown) for who in ("right", "model"))
     assert len(right) == len(model) == 10
     assert sum(answer in of.split(" | ") for answer, of in zip(model, right, strict=True)) >= 2
-    own = call(load_module(REPO / "scripts/manual_hpo/ask.py"), kept[0], "--question", "Who?", "--context", "Ann is.")
+    own = call(load_module(REPO / "scripts/model/ask.py"), kept[0], "--question", "Who?", "--context", "Ann is.")
     assert own.returncode == 0 and len(own.stdout.splitlines()) == 1
 
 
 def test_the_score_of_a_kept_model_beside_its_base(kept, tmp_path, monkeypatch):
     monkeypatch.setenv("TEST_SAMPLES", "20")
-    run = call(load_module(REPO / "scripts/manual_hpo/ask.py"), kept[0], "--score", "--json", tmp_path / "scores.json")
+    run = call(load_module(REPO / "scripts/model/ask.py"), kept[0], "--score", "--json", tmp_path / "scores.json")
     (_, before), (_, after) = json.loads((tmp_path / "scores.json").read_text()).items()
     assert before["questions"] == after["questions"] == 20 and len(run.stdout.splitlines()) == 3
     assert before["exact_match"] == 0 and after["exact_match"] > 10 and after["eval_loss"] < before["eval_loss"] - 1
@@ -228,7 +228,7 @@ def test_the_score_of_a_kept_model_beside_its_base(kept, tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["{}", "[]", "{half", '{"settings": 1}'])
 def test_a_folder_that_save_has_not_written_is_told(tmp_path, text):
     (tmp_path / "training.json").write_text(text)
-    run = call(load_module(REPO / "scripts/manual_hpo/ask.py"), tmp_path)
+    run = call(load_module(REPO / "scripts/model/ask.py"), tmp_path)
     assert run.returncode == 2 and "no training.json in this folder" in run.stderr and len(run.stderr.splitlines()) == 1
 
 
@@ -238,7 +238,7 @@ def test_data_that_is_no_longer_there_is_one_line(kept, tmp_path):
     (tmp_path / "data").mkdir()
     training["settings"]["SQUAD_DATA"] = str(tmp_path / "data")
     (tmp_path / "model/training.json").write_text(json.dumps(training))
-    run = call(load_module(REPO / "scripts/manual_hpo/ask.py"), tmp_path / "model")
+    run = call(load_module(REPO / "scripts/model/ask.py"), tmp_path / "model")
     assert run.returncode == 2 and str(tmp_path / "data") in run.stderr and len(run.stderr.splitlines()) == 1
 
 
@@ -252,7 +252,7 @@ def test_bad_input_of_ask_is_one_line(kept, monkeypatch, variables, options, sai
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     arguments = options if "/none" in options else [kept[0], *options]
-    run = call(load_module(REPO / "scripts/manual_hpo/ask.py"), *arguments)
+    run = call(load_module(REPO / "scripts/model/ask.py"), *arguments)
     assert run.returncode == 2 and said in run.stderr and run.stderr.startswith("ERROR: ")
     assert len(run.stderr.splitlines()) == 1 and not run.stdout
 

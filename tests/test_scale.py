@@ -34,7 +34,7 @@ def test_more_than_a_hundred_trials_have_a_line_and_a_row_each_and_leave_no_proc
     cut = tmp_path / "cut.out"
     cut.write_text(log.split("Number of trials:")[0])
     tables = call(
-        load_module(REPO / "scripts/raytune_hpo/fill_tables.py"), cut, "--json", tmp_path / "run.json"
+        load_module(REPO / "scripts/report/fill_tables.py"), cut, "--json", tmp_path / "run.json"
     )
     assert tables.returncode == 0, tables.stderr
     (told,) = json.loads((tmp_path / "run.json").read_text())

@@ -11,7 +11,7 @@ import pytest
 from conftest import REPO
 from test_prefetch import closed_port, hub  # noqa: F401  the stand-in for the Hugging Face hub
 
-CHECK = REPO / "scripts/raytune_hpo/check_inputs.py"
+CHECK = REPO / "scripts/job/check_inputs.py"
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_what_the_hub_says_of_a_data_set_is_checked(checks, local, monkeypatch):
 def test_capacity(W, Cw, Gw, Csys, Cnode, Gnode, T):
     numbers = {"W": W, "Cw": Cw, "Gw": Gw, "Csys": Csys, "Cnode": Cnode, "Gnode": Gnode}
     options = [f"--{name}={value}" for name, value in numbers.items()]
-    tool = [sys.executable, REPO / "scripts/raytune_hpo/worker_capacity.py"]
+    tool = [sys.executable, REPO / "scripts/job/worker_capacity.py"]
     assert subprocess.run([*tool, "--slots", *options], text=True, check=False, capture_output=True).stdout == f"{T}\n"
     told = subprocess.run([*tool, *options], text=True, check=False, capture_output=True)
     assert told.returncode == (T == 0)

@@ -19,7 +19,7 @@ SCRIPTS = [*JOB_FILES, *(REPO / f"scripts/{name}.sh" for name in ("quickstart", 
 
 def shell(commands, name="bash", **variables):
     """Commands in a shell that has the functions of a head job -> (exit status, lines)."""
-    source = 'ROLE=head; for file in ray_job watch_run; do source "$REPO/scripts/raytune_hpo/$file.sh"; done'
+    source = 'ROLE=head; for file in ray_job watch_run; do source "$REPO/scripts/job/$file.sh"; done'
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
     environ = kept | {"REPO": str(REPO)} | variables
     run = subprocess.run(["bash", "-c", f"{source}; set -euo pipefail; {commands}", name], env=environ, text=True,
@@ -115,7 +115,7 @@ def make(root, cgroup, files):
 
 @pytest.mark.parametrize("cgroup, files, cpus", CPU_QUOTAS)
 def test_places_follow_the_quota_of_a_container(tmp_path, monkeypatch, cgroup, files, cpus):
-    node = load_module(REPO / "scripts/raytune_hpo/this_node.py")
+    node = load_module(REPO / "scripts/job/this_node.py")
     make(tmp_path, cgroup, files)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
     for name in ("SLURM_CPUS_ON_NODE", "ON_SLURM"):
@@ -126,7 +126,7 @@ def test_places_follow_the_quota_of_a_container(tmp_path, monkeypatch, cgroup, f
 
 
 def test_processes_that_a_cgroup_allows_count_like_those_of_ulimit(tmp_path, monkeypatch):
-    node = load_module(REPO / "scripts/raytune_hpo/this_node.py")
+    node = load_module(REPO / "scripts/job/this_node.py")
     make(tmp_path, "0::/user\n", {"user/pids.max": "500\n", "user/pids.current": "480\n"})
     assert node.free_processes(tmp_path) == 20
     monkeypatch.setattr(node.resource, "getrlimit", lambda _: (node.resource.RLIM_INFINITY,) * 2)

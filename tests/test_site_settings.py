@@ -9,7 +9,7 @@ from conftest import HEAD, REPO, load_module
 
 WORKER = "worker_node_raytune_asha_hpo.slurm"
 GRID = "bloom_hpo_manual.slurm"
-CAPACITY = load_module(REPO / "scripts/raytune_hpo/worker_capacity.py")
+CAPACITY = load_module(REPO / "scripts/job/worker_capacity.py")
 
 ACCOUNT = {
     "##SBATCH --account=myproject ": "#SBATCH --account=physics ",
@@ -92,7 +92,7 @@ RECORD = "NumNodes=1 NumCPUs={} NumTasks=1 OverSubscribe={} {}"
     (RECORD.format(1, "NO", ""), {}, "it counts them when it starts", 0),
 ])  # fmt: skip
 def test_no_other_edit_is_needed_for_other_nodes(record, variables, told, status):
-    tool = [sys.executable, REPO / "scripts/raytune_hpo/worker_capacity.py", "--record"]
+    tool = [sys.executable, REPO / "scripts/job/worker_capacity.py", "--record"]
     environ = {name: text for name, text in os.environ.items() if name != "GPUS_PER_WORKER"} | variables
     run = subprocess.run(tool, input=record, env=environ, text=True, capture_output=True, check=False)
     assert told in run.stdout and run.returncode == status, run.stdout + run.stderr

@@ -20,11 +20,10 @@ import sys
 import time
 from pathlib import Path
 
-TOOLS = Path(__file__).resolve().parents[1] / "raytune_hpo"
-sys.path[:0] = [str(TOOLS), str(TOOLS / "raytune_asha_scheduler")]
 import check_inputs
 import raytune_asha_hpo as hpo
 import read_run
+import rooms  # noqa: F401
 import saved_model
 from check_inputs import InputError
 

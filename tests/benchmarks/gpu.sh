@@ -10,8 +10,8 @@ REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 if [[ -x $REPO/.venv/bin/python ]]; then
     export PATH="$REPO/.venv/bin:$PATH"
 fi
-# shellcheck source=SCRIPTDIR/../../scripts/raytune_hpo/ray_job.sh
-source "$REPO/scripts/raytune_hpo/ray_job.sh"
+# shellcheck source=SCRIPTDIR/../../scripts/job/ray_job.sh
+source "$REPO/scripts/job/ray_job.sh"
 WORK=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$WORK"' EXIT
 

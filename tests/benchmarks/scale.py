@@ -57,12 +57,12 @@ def course_of_cheap_trials(folder, at_once, seconds=0):
     seconds: what an epoch takes.
     """
     course = copy_of_the_course(folder)
-    tools = course.parents[3] / "scripts/raytune_hpo"
-    (tools / "raytune_asha_scheduler/fast_trials.py").write_text(CHEAP_TRIALS.replace("SECONDS", str(seconds)))
+    scripts = course.parents[3] / "scripts"
+    (scripts / "raytune_hpo/raytune_asha_scheduler/fast_trials.py").write_text(CHEAP_TRIALS.replace("SECONDS", str(seconds)))
     line = '    say "this node: $NODE, $SLOTS trial(s) at once"\n'
-    text = (tools / "ray_job.sh").read_text()
+    text = (scripts / "job/ray_job.sh").read_text()
     assert text.count(line) == 1
-    (tools / "ray_job.sh").write_text(text.replace(line, f"    SLOTS={at_once}\n{line}"))
+    (scripts / "job/ray_job.sh").write_text(text.replace(line, f"    SLOTS={at_once}\n{line}"))
     return course
 
 
@@ -178,7 +178,7 @@ def many_trials(folder, trials, minutes, at_once):
     half = min(run.looks, key=lambda seen: abs(seen[0] - done / 2))
     log = course / f"logs/ray_head_bloom_5epochs-{run.job}.out"
     before = time.monotonic()
-    fill_tables = [sys.executable, REPO / "scripts/raytune_hpo/fill_tables.py", log]
+    fill_tables = [sys.executable, REPO / "scripts/report/fill_tables.py", log]
     subprocess.run(fill_tables, check=True, stdout=subprocess.DEVNULL)
     tables = time.monotonic() - before
     files, megabytes = size_of(run.folder() / "tune")
@@ -202,7 +202,7 @@ def many_trials(folder, trials, minutes, at_once):
 
 WORKER = r'''
 JOB=$1 ROLE=worker RUN_DIR=$2 REPO=$3
-source "$REPO/scripts/raytune_hpo/ray_job.sh"
+source "$REPO/scripts/job/ray_job.sh"
 trap 'end_owned; exit' EXIT TERM
 choose_python
 prepare_ray

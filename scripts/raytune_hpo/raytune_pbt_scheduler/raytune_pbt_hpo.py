@@ -21,13 +21,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import fast_trials
 import numpy
+import raytune_asha_hpo as lesson
+import rooms  # noqa: F401
 from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "raytune_asha_scheduler"))
-import fast_trials
-import raytune_asha_hpo as lesson
 
 # ---- SCHEDULER: edit here ----------------------------------------------------------------------------------
 INTERVAL = 1  # epochs from one comparison to the next

@@ -19,13 +19,11 @@ import statistics
 import sys
 from pathlib import Path
 
+import raytune_asha_hpo as lesson
+import rooms  # noqa: F401
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
-
-TOOLS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TOOLS), str(TOOLS / "raytune_asha_scheduler")]
-import raytune_asha_hpo as lesson
 from read_run import lowest_losses
 
 SAME = ("MODEL_NAME", "SQUAD_DATA", "TRAIN_SAMPLES", "EVAL_SAMPLES", "CHAT_TEMPLATE", "NUM_EPOCHS",

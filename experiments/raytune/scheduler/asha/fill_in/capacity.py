@@ -9,7 +9,7 @@ Section 10 has the symbols. Exit status: 0 if all nodes below come out right, el
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[5] / "scripts/raytune_hpo"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[5] / "scripts/job"))
 import worker_capacity
 
 NODES = [(20, 8, 1), (16, 8, 1), (32, 4, 1), (64, 8, 1), (8, 2, 1), (5, 8, 1), (20, 0, 0)]  # (Cnode, Gnode, Gw)

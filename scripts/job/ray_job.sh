@@ -9,7 +9,7 @@
 #   JOB       name of this job or run, unique on the cluster (Slurm job id, or local-...)
 
 # shellcheck source=SCRIPTDIR/environment.sh
-source "$REPO/scripts/raytune_hpo/environment.sh"
+source "$REPO/scripts/job/environment.sh"
 export ON_SLURM=""                                     # started by sbatch? Slurm runs a copy of the script, of this name;
 [[ ${0##*/} != slurm_script ]] || ON_SLURM=yes         # inside salloc or JupyterHub there is a job id, and nothing to submit
 JOB=local-$(date +%m%d-%H%M%S)-$$
@@ -109,14 +109,14 @@ free_port() { python -c 'import socket; s = socket.create_server(("", 0)); print
 
 look_at_node() {                                       # sets CPUS, GPUS, Gw (GPUs of each worker of a trial) and NODE, the node in words
     local found
-    found=$(python "$REPO/scripts/raytune_hpo/this_node.py") || exit 1
+    found=$(python "$REPO/scripts/job/this_node.py") || exit 1
     read -r CPUS GPUS Gw NODE <<<"$found"
 }
 
 measure_node() {                                       # sets SLOTS (trials at once) and OFFER, which tells Ray, too
     local W=$WORKERS_PER_TRIAL Cw=$CPUS_PER_WORKER
     look_at_node
-    SLOTS=$(python "$REPO/scripts/raytune_hpo/worker_capacity.py" --slots --Cnode "$CPUS" --Gnode "$GPUS" --Gw "$Gw")
+    SLOTS=$(python "$REPO/scripts/job/worker_capacity.py" --slots --Cnode "$CPUS" --Gnode "$GPUS" --Gw "$Gw")
     if ((SLOTS == 0)) && ! on_slurm; then
         SLOTS=1
         say "a trial asks for $((W * Cw)) CPUs and this machine has $CPUS: one trial at a time, sharing them"
@@ -160,7 +160,7 @@ last_error() {                                         # from Ray's log: the las
 }
 
 likely_cause() {                                       # when Ray itself only says "overloaded" or "GCS may have been killed"
-    python "$REPO/scripts/raytune_hpo/this_node.py" --why "$(node_address)"
+    python "$REPO/scripts/job/this_node.py" --why "$(node_address)"
 }
 
 owned() {                                              # run a command whose process tree end_owned can find

@@ -22,6 +22,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import rooms  # noqa: F401
 from this_node import usable_cpus
 
 
@@ -31,7 +32,6 @@ def missing_package(error):
     sys.exit(2)
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "raytune_asha_scheduler"))
 try:
     import raytune_asha_hpo as lesson
 except ModuleNotFoundError as error:

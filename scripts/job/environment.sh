@@ -38,7 +38,7 @@ check_container() {                                    # what a run needs of it 
 
 choose_python() {                                      # the container of the EDIT block, the repository's .venv, or the active one
     if [[ -n ${CONTAINER:-} ]]; then
-        export CONTAINER PATH="$REPO/scripts/container:$PATH"
+        export CONTAINER PATH="$REPO/scripts/job/container:$PATH"
         check_container
     elif [[ -x $REPO/.venv/bin/python ]]; then
         export PATH="$REPO/.venv/bin:$PATH"

@@ -20,10 +20,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-TOOLS = Path(__file__).resolve().parents[1] / "raytune_hpo"
-sys.path[:0] = [str(TOOLS), str(TOOLS / "raytune_asha_scheduler")]
 import check_inputs
 import raytune_asha_hpo as hpo
+import rooms  # noqa: F401
 from check_inputs import InputError
 
 MAX_LENGTH = 512  # tokens of prompt and answer, as in the training

@@ -2,10 +2,10 @@
 """Fills the exercise's tables from the log of a search; also draws pictures, compares runs, watches one.
 
     cd experiments/raytune/scheduler/asha
-    python ../../../../scripts/raytune_hpo/fill_tables.py logs/ray_head_bloom_5epochs-12345.out
-    python ../../../../scripts/raytune_hpo/fill_tables.py --csv trials.csv --plots pictures runs/12345
-    python ../../../../scripts/raytune_hpo/fill_tables.py --compare --plots pictures MANUAL_LOG HEAD_LOG ...
-    python ../../../../scripts/raytune_hpo/fill_tables.py --watch logs/ray_head_bloom_5epochs-12345.out
+    python ../../../../scripts/report/fill_tables.py logs/ray_head_bloom_5epochs-12345.out
+    python ../../../../scripts/report/fill_tables.py --csv trials.csv --plots pictures runs/12345
+    python ../../../../scripts/report/fill_tables.py --compare --plots pictures MANUAL_LOG HEAD_LOG ...
+    python ../../../../scripts/report/fill_tables.py --watch logs/ray_head_bloom_5epochs-12345.out
 
 An input is the log of a head job (running, cancelled or complete), its run folder, or the log of the manual
 grid. The log is enough; from a run folder the values have all their digits. The tables need only the standard

@@ -124,14 +124,14 @@ unknown_worker() {                                     # prints the id of a work
 check_capacity() {                                     # of the first worker job; if Slurm is too busy to tell, the worker itself does
     local record said
     record=$(ask scontrol show job "${WORKER_JOBS[0]}") || return 0
-    said=$(python "$TOOLS/worker_capacity.py" --record --nodes "$WORKER_NODES" <<<"$record") || { echo "$said"; return 1; }
+    said=$(python "$REPO/scripts/job/worker_capacity.py" --record --nodes "$WORKER_NODES" <<<"$record") || { echo "$said"; return 1; }
     echo "$said"
     read -r SLOTS Gw < <(sed -nE 's/^capacity: .*, ([0-9]+) on .*/\1/p; s/.*T\*W\*Gw = [0-9]+\*[0-9]+\*([0-9]+) .*/\1/p' <<<"$said" | xargs) || true
 }
 
 forecast() {                                           # of the lesson's search, while Ray starts; nothing if SLOTS is unknown
     [[ -n ${SLOTS:-} && -z ${SEARCH_SCRIPT:-} ]] || return 0
-    (owned timeout 60 nice python "$TOOLS/forecast.py" --slots "$SLOTS" --Gw "$Gw" 2>/dev/null) | while IFS= read -r line; do say "$line"; done
+    (owned timeout 60 nice python "$REPO/scripts/job/forecast.py" --slots "$SLOTS" --Gw "$Gw" 2>/dev/null) | while IFS= read -r line; do say "$line"; done
 }
 
 queued_workers() {                                     # prints QUEUE anew; 1: Slurm is busy
