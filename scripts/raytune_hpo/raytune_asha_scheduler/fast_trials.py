@@ -17,9 +17,10 @@ import os
 import queue
 import threading
 import time
+from types import SimpleNamespace
 
 import ray
-from ray import tune
+from ray import train, tune
 from ray.exceptions import RayActorError
 from ray.tune.result import RESULT_DUPLICATE
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -29,21 +30,26 @@ END_SECONDS = 60  # for a stopped trial to unwind
 GRACE_SECONDS = 2  # after a first failure, for the one that caused it
 
 
-def improve(plan, trial_class=None):
-    """Replaces the plan's trial by a warm one; raytune_pbt_hpo.py has a class of its own."""
-    context = plan.context
-    place = [{"trial_slot": 1}, *[context.worker] * context.s.WORKERS_PER_TRIAL]
-    one_node = tune.PlacementGroupFactory(place, strategy="STRICT_PACK")
-    plan.trainable = tune.with_resources(tune.with_parameters(trial_class or WarmTrial, context=context), one_node)
-    plan.tune_config.reuse_actors = True
-    plan.run_config.checkpoint_config = tune.CheckpointConfig(checkpoint_at_end=False)
+def warm(loop, s, data, scaling, run_dir, tune_config, run_config):
+    """The lesson's trial as a WarmTrial: with its training loop, and the workers of its ScalingConfig."""
+    run = SimpleNamespace(loop=loop, s=s, data=data, scaling=scaling, run_dir=run_dir)
+    tune_config.reuse_actors = True
+    TRIAL.configure(run_dir, run_config)
+    bundles = [{"trial_slot": 1}, *[scaling.resources_per_worker] * scaling.num_workers]
+    place = tune.PlacementGroupFactory(bundles, strategy=scaling.placement_strategy)
+    return tune.with_resources(tune.with_parameters(TRIAL, run=run), place)
 
 
 class WarmTrial(tune.Trainable):
     """The trials of one slot, one after another."""
 
-    def setup(self, config, context=None):
-        self.context, self.processes, self.sound = context, [], False
+    @classmethod
+    def configure(cls, run_dir, run_config):
+        """What Tune must know of such trials; raytune_pbt_hpo.py saves checkpoints."""
+        run_config.checkpoint_config = tune.CheckpointConfig(checkpoint_at_end=False)
+
+    def setup(self, config, run=None):
+        self.run, self.processes, self.sound = run, [], False
         self.reset_config(config)
 
     def reset_config(self, new_config):
@@ -77,21 +83,21 @@ class WarmTrial(tune.Trainable):
             address, *_ = self.of_all("prepare")
             self.of_all("join", address)
         self.started = True
-        context = self.context
-        config = self.config["train_loop_config"] | {"settings": context.s, "data": context.data}
-        self.of_all("start", context.loop, config)
+        config = self.config["train_loop_config"] | {"settings": self.run.s, "data": self.run.data}
+        self.of_all("start", self.run.loop, config)
 
     def new_processes(self):
-        place, worker = ray.util.get_current_placement_group(), self.context.worker
+        place, number = ray.util.get_current_placement_group(), self.run.scaling.num_workers
+        worker = self.run.scaling.resources_per_worker
         return [
             ray.remote(TrainingProcess)
             .options(
-                num_cpus=worker["CPU"],
+                num_cpus=worker.get("CPU", 1),
                 num_gpus=worker.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(place, rank + 1),
             )
-            .remote(rank, self.context.s.WORKERS_PER_TRIAL)
-            for rank in range(self.context.s.WORKERS_PER_TRIAL)
+            .remote(rank, number)
+            for rank in range(number)
         ]
 
     def of_all(self, method, *arguments):
@@ -112,6 +118,9 @@ class WarmTrial(tune.Trainable):
         for process in self.processes:
             ray.kill(process)
         self.processes = []
+
+
+TRIAL = WarmTrial  # raytune_pbt_hpo.py has another
 
 
 def failure(call):
@@ -175,16 +184,17 @@ class TrainingProcess:
             if self.stopped:
                 raise Stopped
 
-        def train():
+        def run():
             try:
-                train_loop(config | {"report": report})
+                train_loop(config)
                 self.reports.put(None)
             except Stopped:
                 pass
             except BaseException as error:  # noqa: BLE001  raised again in next_report
                 self.reports.put(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
-        self.thread = threading.Thread(target=train, daemon=True)
+        train.report = report  # what the lesson's loop calls
+        self.thread = threading.Thread(target=run, daemon=True)
         self.thread.start()
 
     def next_report(self):

@@ -1,11 +1,20 @@
-"""RESUME and lost nodes. Without this file a run cannot be continued, and a lost node costs its trials.
+"""The run's record, RESUME and lost nodes. Without this file a run cannot be continued, its trials are not in
+events.jsonl, from which pictures and comparisons are made, and a lost node costs its trials.
 
-In the run folder: settings.json, with which a run is continued, and reports.jsonl, each report with ASHA's
-decision on it, from which a continued run knows its rungs. Ray saves the trials (tune/), not their scheduler.
+events.jsonl, in the run folder, has a line for each thing that happens: a JSON object with "time" (UTC) and "event".
+The head script writes those of the job, this file those of the trials: trial_started {trial, config}; report {trial,
+epoch, eval_loss (null: not finite), seconds, training_iteration, decision}, from which a continued run knows its rungs;
+trial_lost {trial}; trial_ended {trial, error (null: none)}; best {eval_loss, epoch, time_total_s, config}. search
+{continues} is their beginning: without an earlier part that could be continued, what stands before it is void. Ray
+itself saves the trials (tune/), but not their scheduler.
 """
 
 import json
+import math
 import os
+import re
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,53 +22,36 @@ import ray
 from ray import cloudpickle, tune
 from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import (
-    AsyncHyperBandScheduler,
-    FIFOScheduler,
-    MedianStoppingRule,
-    TrialScheduler,
-)
-from raytune_asha_hpo import VARIABLES, say
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from raytune_asha_hpo import say
 
 RESTARTS = 3  # of a trial whose node was lost, for each worker node
 TESTED = ("2.60.0",)  # versions of Ray in which should_recover below decides on a restart
 
 
-def improve(plan):
-    """Makes the plan resumable; resumes it if its run folder holds an earlier part."""
-    s, run_dir = plan.context.s, plan.context.run_dir
+def attach(s, run_dir, tune_config, run_config):
+    """Makes the run one that can be continued. -> what makes its Tuner: a new one, or the one that was cut short"""
     run_dir.mkdir(parents=True, exist_ok=True)
-    save_settings(s, run_dir / "settings.json")
     # Seconds between two saves of the state that RESUME needs; with more trials a save takes longer.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(max(0.5, s.NUM_SAMPLES / 100)))
     # Prepare only as many trials as can start, so that they start in the order drawn.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(int(ray.cluster_resources()["trial_slot"]))
-    if type(plan.tune_config.scheduler) in (AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule):
-        plan.tune_config.scheduler = Remembering(plan.tune_config.scheduler, run_dir / "reports.jsonl")
+    saved = newest_state(run_dir / "tune")
+    remembering = Remembering(tune_config.scheduler, read_record(run_dir) if saved else [])
+    if type(tune_config.scheduler) in (AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule):
+        tune_config.scheduler = remembering
+    run_config.callbacks.append(Recorder(run_dir, remembering))
     if ray.__version__ in TESTED:
         Trial.should_recover = lost_with_its_node
-        plan.run_config.failure_config = tune.FailureConfig(max_failures=RESTARTS * s.WORKER_NODES)
+        run_config.failure_config = tune.FailureConfig(max_failures=RESTARTS * s.WORKER_NODES)
     else:
         say(f"Ray {ray.__version__} is not {' or '.join(TESTED)}: a trial fails if its node is lost")
-    if (saved := newest_state(run_dir / "tune")) is not None:
-        plan.make_tuner = lambda trainable, param_space, **_: tune.Tuner.restore(
-            str(saved), trainable, resume_unfinished=True, restart_errored=True, param_space=param_space
-        )
-        say(f"continues the run in {run_dir}: finished and stopped trials stay as they are")
-    elif (run_dir / "reports.jsonl").exists():
-        (run_dir / "reports.jsonl").unlink()
-        say(f"starts the run in {run_dir} over: Ray has saved no trial there")
-
-
-def save_settings(s, path):
-    """The variables as they were set, for RESUME; written whole or not at all. Kept if a run is continued."""
-    if not path.exists():
-        texts = {name: os.environ.get(name, default) for name, (default, *_) in VARIABLES.items()}
-        if "GPUS_PER_WORKER" not in os.environ:
-            del texts["GPUS_PER_WORKER"]  # "as many as there are, up to 1" is not the same as 1
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps(texts, indent=1))
-        os.replace(new, path)
+    record(run_dir, "search", continues=saved is not None)
+    if not saved:
+        return tune.Tuner
+    say(f"continues the run in {run_dir}: finished and stopped trials stay as they are")
+    return lambda trial, param_space, **_: tune.Tuner.restore(
+        str(saved), trial, resume_unfinished=True, restart_errored=True, param_space=param_space)  # fmt: skip
 
 
 def newest_state(folder):
@@ -73,6 +65,7 @@ def newest_state(folder):
     return None
 
 
+# ---- Lost nodes ----------------------------------------------------------------------------------------------------
 def lost_with_its_node(trial):
     """Does a trial that ended with an error start again? Any other error would only happen again."""
     file = trial.pickled_error_file
@@ -81,16 +74,92 @@ def lost_with_its_node(trial):
     return lost and trial.run_metadata.num_failures <= trial.max_failures
 
 
-class Remembering(TrialScheduler):
-    """A scheduler whose decisions outlive the process.
+def cause_of(trial):
+    """The line of a failed trial's trace that names the error, such as "ValueError: ...": the innermost is the last."""
+    text = Path(trial.error_file).read_text() if trial.error_file else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (named or lines or ["unknown"])[-1][:200]
 
-    Each report and the decision on it is a line of the journal. When a run is continued, the scheduler is
-    told all of them once more, in order, so its rungs are what they were. A trial that runs again gets the
-    decisions that it had at the same epochs.
+
+# ---- The record ----------------------------------------------------------------------------------------------------
+def record(run_dir, event, **fields):
+    """Appends an event. Ends the program if that is not possible: Ray would go on, and lose results."""
+    now = time.time()
+    moment = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
+    path = Path(run_dir, "events.jsonl")
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": moment, "event": event} | fields, default=plain) + "\n")
+    except OSError as error:
+        sys.exit(f"ERROR: {path}: {error.strerror}; is the disk full, or the quota reached?")
+
+
+def plain(value):
+    """A number of numpy as one of Python, anything else as its text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def read_record(run_dir):
+    """The events so far; without a line that a kill has cut off."""
+    path, events = Path(run_dir, "events.jsonl"), []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events
+
+
+class Recorder(tune.Callback):
+    """Writes the events of the trials."""
+
+    def __init__(self, run_dir, remembering):
+        self.run_dir, self.decisions = run_dir, remembering.decisions
+
+    def on_trial_start(self, iteration, trials, trial, **info):
+        record(self.run_dir, "trial_started", trial=str(trial), config=trial.config["train_loop_config"])
+
+    def on_trial_result(self, iteration, trials, trial, result, **info):
+        loss, epoch = result["eval_loss"], result["epoch"]
+        # Without a decision of the scheduler: all epochs are trained, or the loss is not finite.
+        decision = self.decisions.get((trial.trial_id, epoch), "STOP" if result.get("done") else "CONTINUE")
+        record(self.run_dir, "report", trial=str(trial), trial_id=trial.trial_id, epoch=epoch,
+               eval_loss=loss if math.isfinite(loss) else None, seconds=result["time_total_s"],
+               training_iteration=result["training_iteration"], decision=decision)  # fmt: skip
+
+    def on_trial_recover(self, iteration, trials, trial, **info):
+        record(self.run_dir, "trial_lost", trial=str(trial))
+
+    def on_trial_complete(self, iteration, trials, trial, **info):
+        record(self.run_dir, "trial_ended", trial=str(trial), error=None)
+
+    def on_trial_error(self, iteration, trials, trial, **info):
+        record(self.run_dir, "trial_ended", trial=str(trial), error=cause_of(trial))
+
+    def on_experiment_end(self, trials, **info):
+        """What best_report() prints: the lowest loss of trials without error, and its configuration at that time."""
+        failed, configs, reports = {str(trial) for trial in trials if trial.status == Trial.ERROR}, {}, []
+        for row in read_record(self.run_dir):
+            if row["event"] == "trial_started":
+                configs[row["trial"]] = row["config"]
+            elif row["event"] == "report" and row["eval_loss"] is not None and row["trial"] not in failed:
+                reports.append((row["eval_loss"], row["epoch"], row["seconds"], configs[row["trial"]]))
+        if reports:
+            best = zip(("eval_loss", "epoch", "time_total_s", "config"), min(reports, key=lambda report: report[0]))
+            record(self.run_dir, "best", **dict(best))
+
+
+class Remembering(TrialScheduler):
+    """A scheduler that knows the decisions of the earlier part of a run: `events`, its record.
+
+    It is told these reports once more, in order, so its rungs are what they were. A trial that runs again gets
+    the decisions that it had at the same epochs.
     """
 
-    def __init__(self, scheduler, journal):
-        self.scheduler, self.journal, self.decisions = scheduler, journal, None
+    def __init__(self, scheduler, events):
+        self.scheduler, self.decisions = scheduler, {}
+        self.earlier = [row for row in events if row.get("event") == "report" and row["eval_loss"] is not None]
 
     @property
     def metric(self):
@@ -100,22 +169,20 @@ class Remembering(TrialScheduler):
         return self.scheduler.set_search_properties(metric, mode, **spec)
 
     def on_trial_add(self, controller, trial):
-        if self.decisions is None:
-            self.decisions = {}
-            for row in read_journal(self.journal):
-                told = SimpleNamespace(trial_id=row["trial_id"])
-                self.scheduler.on_trial_add(controller, told)
-                self.scheduler.on_trial_result(controller, told, row)
-                self.decisions[row["trial_id"], row["epoch"]] = row["decision"]
+        for row in self.earlier:
+            if (row["trial_id"], row["epoch"]) in self.decisions:
+                continue  # trained twice, since the run was cut short
+            told = SimpleNamespace(trial_id=row["trial_id"])
+            self.scheduler.on_trial_add(controller, told)
+            self.scheduler.on_trial_result(controller, told, row)
+            self.decisions[row["trial_id"], row["epoch"]] = row["decision"]
+        self.earlier = []
         self.scheduler.on_trial_add(controller, trial)
 
     def on_trial_result(self, controller, trial, result):
-        row = {key: result[key] for key in ("trial_id", "epoch", "eval_loss", "training_iteration")}
-        key = (row["trial_id"], row["epoch"])
+        key = trial.trial_id, result["epoch"]
         if key not in self.decisions:
             self.decisions[key] = self.scheduler.on_trial_result(controller, trial, result)
-            with self.journal.open("a") as file:
-                file.write(json.dumps(row | {"decision": self.decisions[key]}) + "\n")
         return self.decisions[key]
 
     def choose_trial_to_run(self, controller):
@@ -134,20 +201,3 @@ class Remembering(TrialScheduler):
 
     def debug_string(self):
         return self.scheduler.debug_string()
-
-
-def read_journal(path):
-    """The rows of the journal. A last line that a kill or a full disk has cut off is removed from it."""
-    if not path.exists():
-        return []
-    lines, rows = path.read_text().splitlines(keepends=True), []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    if len(rows) < len(lines) or (lines and not lines[-1].endswith("\n")):
-        new = path.with_suffix(".new")
-        new.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(new, path)
-    return rows

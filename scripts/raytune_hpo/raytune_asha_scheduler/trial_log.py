@@ -9,34 +9,31 @@ import logging
 import math
 import re
 import sys
-from pathlib import Path
 
 from ray import tune
-from raytune_asha_hpo import say
+from raytune_asha_hpo import neighbour, say
 
 LOG = sys.stdout
 MANY_TRIALS = 100  # with more, one line a trial, at its end, and one for each tenth of them
 SHORT_NAMES = {"AsyncHyperBandScheduler": "ASHA"}  # Ray's own name of the class is the older one
 
 
-def improve(plan):
-    """Adds the lines and the table to the plan."""
+def attach(s, run_dir, space, tune_config, run_config):
+    """Adds the lines and the table to a search."""
     sys.stdout = sys.stderr  # what libraries print is not for the log
     # A failed trial has its line below and its trace in error.txt; Ray's message would repeat them.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    chosen = plan.tune_config.scheduler
-    name = type(getattr(chosen, "scheduler", chosen)).__name__
-    plan.run_config.callbacks.append(TrialLines(plan.context.s, SHORT_NAMES.get(name, name)))
-    columns = {"training_iteration": "iter", "time_total_s": "total time (s)", "eval_loss": "eval_loss"}
-    plan.run_config.progress_reporter = FinalTable(
-        metric_columns=columns,
-        parameter_columns=[f"train_loop_config/{name}" for name in plan.param_space["train_loop_config"]],
+    name = type(tune_config.scheduler).__name__
+    run_config.callbacks.append(TrialLines(s, SHORT_NAMES.get(name, name)))
+    run_config.progress_reporter = FinalTable(
+        metric_columns={"training_iteration": "iter", "time_total_s": "total time (s)", "eval_loss": "eval_loss"},
+        parameter_columns=[f"train_loop_config/{name}" for name in space["train_loop_config"]],
         max_column_length=40,
-        max_progress_rows=plan.context.s.NUM_SAMPLES,
+        max_progress_rows=s.NUM_SAMPLES,
         max_error_rows=0,
     )
-    numbers = Numbers(plan.context.run_dir / "tune")
-    plan.tune_config.trial_name_creator = lambda trial: f"TorchTrainer_{numbers.numbered(trial.trial_id)}"
+    numbers = Numbers(run_dir / "tune")
+    tune_config.trial_name_creator = lambda trial: f"TorchTrainer_{numbers.numbered(trial.trial_id)}"
 
 
 class Numbers:
@@ -95,7 +92,9 @@ class TrialLines(tune.Callback):
         say(f"{trial}  lost       with its node ({times}); starts again")
 
     def on_trial_error(self, iteration, trials, trial, **info):
-        say(f"{trial}  FAILED     {cause_of(Path(trial.error_file).read_text() if trial.error_file else '')}")
+        run_state = neighbour("run_state")
+        cause = f"{run_state.cause_of(trial)} " if run_state else ""
+        say(f"{trial}  FAILED     {cause}(full trace: {trial.error_file})")
         self.count(trial, trials)
 
     def count(self, trial, trials):
@@ -119,10 +118,3 @@ class FinalTable(tune.CLIReporter):
         text = printed.getvalue().split("Number of errored trials")[0]  # those have lines of their own
         lines = [line for line in text.splitlines() if line.startswith(("+", "|", "Number of trials"))]
         print(*lines, sep="\n", file=LOG, flush=True)
-
-
-def cause_of(error_text):
-    """The line of a trace that names the error, such as "ValueError: ...": the innermost is the last."""
-    lines = [line.strip() for line in error_text.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
-    return (named or lines or ["unknown"])[-1][:200]

@@ -21,11 +21,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import rooms  # noqa: F401  # isort: skip
+
 import fast_trials
 import numpy
 import raytune_asha_hpo as lesson
-import rooms  # noqa: F401
-from ray import tune
+import run_state
+from ray import train, tune
 from ray.tune.schedulers import PopulationBasedTraining
 
 # ---- SCHEDULER: edit here ----------------------------------------------------------------------------------
@@ -45,6 +47,8 @@ class Pbt(PopulationBasedTraining):
 
 
 def scheduler(s):
+    random.seed(s.SEED)  # PBT draws from both
+    numpy.random.seed(s.SEED)
     return Pbt(
         metric="eval_loss", mode="min", time_attr="epoch", perturbation_interval=INTERVAL,
         hyperparam_mutations={"train_loop_config": mutations(s)},
@@ -60,22 +64,12 @@ def check(s):
             sys.exit(f"ERROR: mutations: {name!r} is not in the search space; add it in raytune_asha_hpo.py")
 
 
-def improve(plan):
-    """Changes the lesson's plan of a search: another scheduler, and trials with checkpoints."""
-    s = plan.context.s
-    random.seed(s.SEED)  # PBT draws from both
-    numpy.random.seed(s.SEED)
-    plan.tune_config.scheduler = scheduler(s)
-    fast_trials.improve(plan, PbtTrial)
-    plan.run_config.checkpoint_config = tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=False)
-    plan.run_config.callbacks.append(Checkpoints(plan.context.run_dir / "checkpoints"))
-
-
 # ---- Trial: trains from a checkpoint, its own or another trial's, to the next one --------------------------
 def train_loop_per_worker(config, folder, start_from=None):
     """The lesson's, but it reports when the epoch's checkpoint lies in the folder, and says where."""
     from transformers import TrainerCallback
-    report, evaluated = config["report"], {}
+    report, evaluated = train.report, {}
+    train.report = evaluated.update  # what the lesson's callback calls; fast_trials.py sets it for each trial
 
     class Checkpointing(TrainerCallback):
         def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
@@ -90,12 +84,17 @@ def train_loop_per_worker(config, folder, start_from=None):
         def on_save(self, args, state, control, **kwargs):
             report(evaluated | {"checkpoint": f"{folder}/checkpoint-{state.global_step}"})
 
-    config |= {"report": evaluated.update, "callbacks": [Checkpointing()], "save_strategy": "epoch"}
+    config |= {"callbacks": [Checkpointing()], "save_strategy": "epoch"}
     lesson.train_loop_per_worker(config | {"output_dir": folder, "resume_from_checkpoint": start_from})
 
 
 class PbtTrial(fast_trials.WarmTrial):
     """The Trainer writes the checkpoints. Tune saves only the name of the folder, and hands it to copies."""
+
+    @classmethod
+    def configure(cls, run_dir, run_config):
+        run_config.checkpoint_config = tune.CheckpointConfig(checkpoint_frequency=1, checkpoint_at_end=False)
+        run_config.callbacks.append(Checkpoints(run_dir))
 
     def reset_config(self, new_config):
         self.start_from = None
@@ -109,18 +108,18 @@ class PbtTrial(fast_trials.WarmTrial):
             self.start_from = checkpoint["folder"]
 
     def start(self):
-        folder = self.context.run_dir / "checkpoints" / self.trial_id
+        folder = self.run.run_dir / "checkpoints" / self.trial_id
         folder.mkdir(parents=True, exist_ok=True)
         new = tempfile.mkdtemp(dir=folder)  # one for each start, so that no checkpoint is overwritten
-        self.context.loop = functools.partial(train_loop_per_worker, folder=new, start_from=self.start_from)
+        self.run.loop = functools.partial(train_loop_per_worker, folder=new, start_from=self.start_from)
         super().start()
 
 
 class Checkpoints(tune.Callback):
     """Logs who copies whom, and removes each checkpoint from which no trial can go on any more."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, run_dir):
+        self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
 
     def setup(self, **info):
         self.saved = [str(path) for path in self.folder.glob("*/*/checkpoint-*")]  # if a run is continued
@@ -130,6 +129,7 @@ class Checkpoints(tune.Callback):
             if other is not trial and f"/{other.trial_id}/" in starts_from(trial):
                 epoch = trial.latest_checkpoint_result.metrics["epoch"]
                 lesson.say(f"{trial}  copies     {other} as it was after epoch {epoch:g}")
+                run_state.record(self.run_dir, "trial_copied", trial=str(trial), donor=str(other), epoch=epoch)
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
         self.saved.append(result["checkpoint"])
@@ -156,5 +156,5 @@ def starts_from(trial):
 
 if __name__ == "__main__":
     check(lesson.read_settings(os.environ))
-    lesson.__doc__, lesson.NEIGHBOURS = __doc__, ["run_state", "raytune_pbt_hpo", "trial_log"]
+    lesson.__doc__, lesson.scheduler, fast_trials.TRIAL = __doc__, scheduler, PbtTrial
     lesson.main()

@@ -12,45 +12,52 @@ Further variables: REPEAT, the run folder of the search; SEEDS, how many (defaul
 NUM_SAMPLES / SEEDS is the number of configurations. All else must be as it was in that search.
 """
 
-import json
 import math
 import os
 import statistics
 import sys
 from pathlib import Path
 
+import rooms  # noqa: F401  # isort: skip
+
 import raytune_asha_hpo as lesson
-import rooms  # noqa: F401
+import run_state
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
-from read_run import lowest_losses
+from read_run import lowest_losses, settings_of
 
 SAME = ("MODEL_NAME", "SQUAD_DATA", "TRAIN_SAMPLES", "EVAL_SAMPLES", "CHAT_TEMPLATE", "NUM_EPOCHS",
         "WORKERS_PER_TRIAL", "PRECISION", "SEED")  # what a loss depends on, beside the hyperparameters
 
 
-def improve(plan):
-    """Changes the lesson's plan of a search: no draws, no early stopping."""
-    s = plan.context.s
-    best, seeds = chosen(s, plan.context.run_dir)
-    trials = [config | {"seed": s.SEED + i} for _, config in best for i in range(seeds)]
-    plan.param_space["train_loop_config"]["seed"] = tune.randint(0, 2**31)
-    points = [{"train_loop_config": config} for config in trials]
-    plan.tune_config.search_alg = BasicVariantGenerator(points_to_evaluate=points)  # in place of draws
-    plan.tune_config.scheduler = FIFOScheduler()
+def search_again(best, seeds):
+    """Changes the lesson: these configurations in place of draws, each with its seeds, and no early stopping."""
+    shipped = lesson.search_space
+
+    def search_space(s):
+        space = shipped(s)
+        space["train_loop_config"]["seed"] = tune.randint(0, 2**31)
+        return space
+
+    def search_algorithm(s):
+        trials = [config | {"seed": s.SEED + i} for _, config in best for i in range(seeds)]
+        return BasicVariantGenerator(points_to_evaluate=[{"train_loop_config": config} for config in trials])
+
+    lesson.search_space, lesson.search_algorithm = search_space, search_algorithm
+    lesson.scheduler = lambda s: FIFOScheduler()
 
 
 # ---- What is trained again ---------------------------------------------------------------------------------
 def chosen(s, run_dir):
     """What asked() gives; of a run that is continued, what it gave then."""
-    kept = run_dir / "repeats.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    found = asked(s)
+    for event in run_state.read_record(run_dir):
+        if event["event"] == "repeats":
+            return event["best"], event["seeds"]
+    best, seeds = asked(s)
     run_dir.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(found))
-    return found
+    run_state.record(run_dir, "repeats", best=best, seeds=seeds)
+    return best, seeds
 
 
 def asked(s):
@@ -61,14 +68,13 @@ def asked(s):
     seeds, folder = int(text), Path(given)
     if s.NUM_SAMPLES % seeds:
         sys.exit(f"ERROR: NUM_SAMPLES='{s.NUM_SAMPLES}': set a multiple of SEEDS={seeds}, such as {3 * seeds}")
-    try:
-        saved = dict(json.loads((folder / "settings.json").read_text()))
-    except (OSError, ValueError, TypeError):
+    if not (saved := settings_of(folder)):
         sys.exit(f"ERROR: REPEAT={given!r}: not the run folder of a search; set one such as runs/12345")
+    then = vars(lesson.read_settings(saved))
     for name in SAME:
-        default, read, _ = lesson.VARIABLES[name]
-        if (then := read(saved.get(name, default))) != getattr(s, name):
-            sys.exit(f"ERROR: {name}={str(getattr(s, name))!r}: the search in {given} had {str(then)!r}; set that")
+        if then[name] != getattr(s, name):
+            said = f"the search in {given} had {str(then[name])!r}; set that"
+            sys.exit(f"ERROR: {name}={str(getattr(s, name))!r}: {said}")
     found = lowest_losses(folder)
     if len(found) < s.NUM_SAMPLES // seeds:
         why = f"{given} has {len(found)} trials with a loss; set at most {len(found) * seeds}"
@@ -102,15 +108,16 @@ def compare(best, seeds, again):
 
 
 def main():
+    lesson.__doc__ = __doc__
     if "--run-dir" not in sys.argv[:-1]:
         return lesson.main()  # says how to call it
     run_dir = Path(sys.argv[sys.argv.index("--run-dir") + 1])
     best, seeds = chosen(lesson.read_settings(os.environ), run_dir)
+    search_again(best, seeds)
     lesson.main()
     for line in compare(best, seeds, lowest_losses(run_dir)):
         lesson.say(f"seeds: {line}")
 
 
 if __name__ == "__main__":
-    lesson.__doc__, lesson.NEIGHBOURS = __doc__, ["raytune_seeds_hpo", "fast_trials", "run_state", "trial_log"]
     main()
