@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import REPO, SCRIPT, table_of
 
-NEIGHBOURS = {"fast_trials", "run_state", "trial_log"}
+NEIGHBOURS = {"fast_trials", "run_state", "trial_log", "library_fixes", "own_data"}
 FEW = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "8", "NUM_EPOCHS": "1", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "1"}
 RATE = 'tune.sample_from(lambda spec: math.inf if spec.config["train_loop_config"]["per_device_bs"] == 8 else 1e-2)'
 
@@ -72,37 +72,55 @@ def test_without_a_neighbour_only_what_it_does_is_lost(missing, search_with, alo
     told = ["ended", "epoch", "epoch", "finished", "started", "started"]
     assert sorted(lines) == ([] if missing == "trial_log" else told)
     kept = {path.name for path in (folder / "results").iterdir()} - {"tune"}
-    assert kept == (set() if missing == "run_state" else {"settings.json"})
+    assert kept == (set() if missing == "run_state" else {"events.jsonl"})
+
+
+def test_the_record_has_what_happened_to_each_trial(search_with, tmp_path):
+    import run_state
+
+    folder, log, losses = search_with(*NEIGHBOURS)
+    events = run_state.read_record(folder / "results")
+    names = [event["event"] for event in events]
+    assert names[0] == "search" and names[-1] == "best" and sorted(names[1:-1]) == [
+        *["report"] * 2, *["trial_ended"] * 2, *["trial_started"] * 2]
+    reports = {event["trial"]: event for event in events if event["event"] == "report"}
+    assert sorted(event["eval_loss"] or 0 for event in reports.values()) == [0, losses[2, 1.0]]  # null: not finite
+    assert {event["decision"] for event in reports.values()} == {"STOP"}
+    assert f"'eval_loss': {events[-1]['eval_loss']}" in log and events[-1]["config"]["per_device_bs"] == 2
 
 
 def test_with_another_ray_a_lost_node_costs_its_trials_and_the_log_says_so(tmp_path, monkeypatch):
     """run_state.py replaces a method of Ray's, whose versions it names."""
     import ray
+    import run_state
     from ray import tune
     from ray.tune.experiment import Trial
-
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import run_state
 
     rule, said = Trial.should_recover, []
     monkeypatch.setattr(run_state, "say", said.append)
     monkeypatch.setattr(ray, "__version__", "9.9.9")
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"trial_slot": 1})
     monkeypatch.setenv("TUNE_MAX_PENDING_TRIALS_PG", "1")
-    context = SimpleNamespace(s=SimpleNamespace(NUM_SAMPLES=1), run_dir=tmp_path)
-    plan = SimpleNamespace(context=context, tune_config=tune.TuneConfig(), run_config=tune.RunConfig())
     monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "1")
-    run_state.improve(plan)
+    run_config = tune.RunConfig(callbacks=[])
+    run_state.attach(SimpleNamespace(NUM_SAMPLES=1), tmp_path, tune.TuneConfig(), run_config)
     assert said == ["Ray 9.9.9 is not 2.60.0: a trial fails if its node is lost"]
-    assert Trial.should_recover is rule and plan.run_config.failure_config.max_failures == 0
+    assert Trial.should_recover is rule and run_config.failure_config.max_failures == 0
+
+
+def test_a_cluster_without_trial_slots_is_told_so_at_once(hpo, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "init", lambda *address, **options: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "memory": 1e9})
+    with pytest.raises(SystemExit, match="ERROR: no node offers a trial_slot; start Ray as"):
+        hpo.join_cluster(hpo.read_settings({}))
 
 
 def test_only_a_lost_process_starts_again_not_one_that_could_not_be_made(tmp_path, monkeypatch):
+    import run_state
     from ray import cloudpickle
     from ray.exceptions import RayActorError
-
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import run_state
 
     def starts_again(error, failures=1):
         file = tmp_path / "error.pkl"

@@ -242,8 +242,7 @@ def search(s, run_dir):
     scaling = train.ScalingConfig(  # of each trial; worker_capacity.py tells how many such fit on a node
         num_workers=s.WORKERS_PER_TRIAL,  # W
         resources_per_worker={"CPU": s.CPUS_PER_WORKER, "GPU": gpus},  # Cw, Gw
-        use_gpu=gpus > 0,
-        placement_strategy="STRICT_PACK",  # all on one node
+        use_gpu=gpus > 0, placement_strategy="STRICT_PACK",  # all on one node
     )
     trial = tune.with_parameters(run_trial, s=s, data=data, scaling=scaling, run_dir=run_dir)
     trial = tune.with_resources(trial, {"trial_slot": 1})  # Ray Train itself asks for its CPUs and GPUs
@@ -254,6 +253,7 @@ def search(s, run_dir):
     run_config = tune.RunConfig(
         name="tune", storage_path=str(run_dir), verbose=1, callbacks=[],
         stop=lambda _, report: math.isnan(report["eval_loss"]) or report["epoch"] >= s.NUM_EPOCHS,
+        progress_reporter=tune.CLIReporter(max_report_frequency=30, print_intermediate_tables=True),
     )
     space, make_tuner = search_space(s), tune.Tuner
     if fast_trials := neighbour("fast_trials"):  # takes the place of run_trial
