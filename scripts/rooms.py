@@ -6,6 +6,6 @@ Each room that needs it has a link to this file, since Python looks for modules 
 import sys
 from pathlib import Path
 
-SCRIPTS = Path(__file__).resolve().parent
 ROOMS = ("job", "report", "model", "manual_hpo", "raytune_hpo/raytune_asha_scheduler")
+SCRIPTS = next(folder for folder in Path(__file__).resolve().parents if (folder / ROOMS[-1]).is_dir())
 sys.path += [str(SCRIPTS / room) for room in ROOMS]

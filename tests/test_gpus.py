@@ -97,20 +97,3 @@ def test_the_quickstart_trains_with_one_worker_on_the_only_gpu(course, demo, tmp
     variables = {name: value for name, value in node.items() if name.isupper()}
     status, output = quickstart(course, "bash", str(top / "scripts/quickstart.sh"), **variables)
     assert status == 0 and output.splitlines()[-1] == f"workers {workers}"
-
-
-def test_the_precision_of_a_run_is_read_from_its_log_and_stands_in_its_tables(tmp_path):
-    """Of a head's log by the line of the worker that joined; of a grid's by its own."""
-    read_run = load_module(REPO / "scripts/report/read_run.py")
-    fill_tables = load_module(REPO / "scripts/report/fill_tables.py")
-    start = "===== JOB 5 START  : 2026-11-26 10:00:00 UTC =====\n10:00:01 "
-    texts = {"head": "head h | worker 1/1 joined: job 6 on n1, 20 CPUs, 8 GPUs (V100), fp16, 4 trial(s) at once\n",
-             "manual": "manual h | this node: 4 CPUs, 2 GPUs (NVIDIA A100), bf16\n",
-             "laptop": "head h | this node: 2 CPUs, 0 GPUs, fp32, 1 trial(s) at once\n"}  # fmt: skip
-    found = {}
-    for name, text in texts.items():
-        (tmp_path / name).write_text(start + text)
-        run = read_run.parse(tmp_path / name)
-        found[name] = run.precisions, [node[1:3] for node in run.nodes]
-        assert f"Trained in {''.join(run.precisions)}." in fill_tables.markdown(fill_tables.sections(run))
-    assert found == {"head": ({"fp16"}, [(8, 4)]), "manual": ({"bf16"}, []), "laptop": ({"fp32"}, [])}

@@ -1,11 +1,11 @@
 """Was it luck? The best of a search again, with several seeds."""
 
-import json
-import math
 import re
 
 import pytest
 from conftest import REPO, SMALL, SPACE, job_of, load_module, quickstart, reports_of, table_of
+
+SEEDS = REPO / "scripts/raytune_hpo/raytune_seeds/raytune_seeds_hpo.py"
 
 
 def losses_of(run_dir):
@@ -34,14 +34,15 @@ def test_seeds_tell_luck_from_merit(course, demo):
 
 
 def test_a_run_to_continue_knows_what_it_repeats(tmp_path, monkeypatch, hpo):
-    seeds = load_module(REPO / "scripts/raytune_hpo/raytune_seeds/raytune_seeds_hpo.py")
-    (tmp_path / "repeats.json").write_text(json.dumps([[[1.0, {"lr": 1}]], 2]))
-    monkeypatch.delenv("REPEAT", raising=False)
-    assert seeds.chosen(hpo.read_settings({}), tmp_path) == [[[1.0, {"lr": 1}]], 2]
+    seeds = load_module(SEEDS)
+    monkeypatch.setattr(seeds, "asked", lambda s: ([[1.0, {"lr": 1}]], 2))
+    first = seeds.chosen(hpo.read_settings({}), tmp_path)
+    monkeypatch.setattr(seeds, "asked", lambda s: pytest.fail("asked once more"))
+    assert first == seeds.chosen(hpo.read_settings({}), tmp_path) == ([[1.0, {"lr": 1}]], 2)
 
 
 def test_a_configuration_that_diverges_with_every_seed_is_the_last():
-    seeds = load_module(REPO / "scripts/raytune_hpo/raytune_seeds/raytune_seeds_hpo.py")
+    seeds = load_module(SEEDS)
     again = [(2.0, {"lr": 2, "seed": 1}), (3.0, {"lr": 2, "seed": 2})]
     told = list(seeds.compare([(1.0, {"lr": 1}), (2.0, {"lr": 2})], 2, again))
     assert "order by the mean: 2, 1, not as in the search" in told and "inf" in told[2]
@@ -55,12 +56,17 @@ def test_a_configuration_that_diverges_with_every_seed_is_the_last():
     ({"REPEAT": "run"}, "NUM_SAMPLES='9': run has 1 trials with a loss; set at most 3"),
 ])
 def test_what_cannot_be_repeated_is_refused(tmp_path, monkeypatch, hpo, wrong, said):
-    seeds = load_module(REPO / "scripts/raytune_hpo/raytune_seeds/raytune_seeds_hpo.py")
+    seeds = load_module(SEEDS)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run/tune/a").mkdir(parents=True)
-    (tmp_path / "run/settings.json").write_text("{}")
-    reports = [{"eval_loss": loss, "config": {"train_loop_config": {"lr": 1}}} for loss in (2.0, math.nan)]
-    (tmp_path / "run/tune/a/result.json").write_text("\n".join(map(json.dumps, reports)) + '\n{"eval_l')
+    (tmp_path / "run").mkdir()
+    seeds.run_state.record("run", "started", job="1", start="2026-11-29 10:00:00 UTC", kind="search")
+    seeds.run_state.record("run", "settings", EVAL_SAMPLES="100")
+    for trial, loss, error in (("a", 2.0, None), ("b", 1.0, "ValueError"), ("c", None, None)):  # b failed, c diverged
+        seeds.run_state.record("run", "trial_started", trial=trial, config={"lr": 1})
+        seeds.run_state.record("run", "report", trial=trial, epoch=1, eval_loss=loss, seconds=1)
+        seeds.run_state.record("run", "trial_ended", trial=trial, error=error)
+    with open("run/events.jsonl", "a") as file:
+        file.write('{"eval_l')
     for name, value in wrong.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match=re.escape(f"ERROR: {said}")) as ended:

@@ -18,7 +18,7 @@ ray.get_gpu_ids = list
 DONOR = {"lr": 1e-2, "per_device_bs": 2, "wd": 0.0, "adam_beta2": 0.9}
 OTHER = {"lr": 4e-2, "wd": 0.5, "adam_beta2": 0.8, "adam_epsilon": 1e-6}
 VARIANTS = {"donor": {}, "same": {}, "still": {"lr": 1e-12}, "other": OTHER}
-fine_tune = pbt.lesson.fine_tune
+SHIPPED, fine_tune = pbt.lesson.DS_CONFIG, pbt.lesson.fine_tune
 
 
 class Watch(TrainerCallback):
@@ -31,36 +31,29 @@ class Watch(TrainerCallback):
         self.seen["last"] = optimizer.param_groups[0]["lr"]
         if len(self.seen) == 1:
             keys = ("lr", "weight_decay", "betas", "eps")
-            self.seen |= {
-                "groups": [{key: group[key] for key in keys} for group in optimizer.param_groups],
-                "weights": sum(parameter.detach().double().abs().sum().item() for parameter in model.parameters()),
-                "step": state.global_step,
-                "optimizer": type(optimizer).__name__,
-            }
+            self.seen["groups"] = [{key: group[key] for key in keys} for group in optimizer.param_groups]
+            weights = (parameter.detach().double().abs().sum().item() for parameter in model.parameters())
+            self.seen |= {"weights": sum(weights), "step": state.global_step, "optimizer": type(optimizer).__name__}
 
 
 def train(hyperparameters, settings, rows, folder, start_from):
     """What was seen, and the reports."""
     watch, reports = Watch(), []
     pbt.lesson.fine_tune = lambda *training: fine_tune(*training[:4], [*training[4], watch])
-    config = {"settings": settings, "data": rows, "report": reports.append}
+    pbt.train.report = reports.append
+    config = {"settings": settings, "data": rows}
     pbt.train_loop_per_worker(hyperparameters | config, folder, start_from)
     return watch.seen | {"losses": [report["eval_loss"] for report in reports]}, reports
 
 
-def main():
-    model, squad, folder = sys.argv[1:]
-    small = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "4"}
-    settings = pbt.lesson.read_settings({"MODEL_NAME": model, "SQUAD_DATA": squad} | small)
-    rows, results = pbt.lesson.load_squad(settings), {}
-    shipped = pbt.lesson.DS_CONFIG
-    for engine, pbt.lesson.DS_CONFIG in {"none": None, "deepspeed": shipped}.items():  # accelerate knows no way back
-        results[engine], start = {}, None
-        for name, changes in VARIANTS.items():
-            results[engine][name], reports = train(DONOR | changes, settings, rows, f"{folder}/{engine}-{name}", start)
-            start = start or reports[1]["checkpoint"]  # the donor's, after epoch 2
-    if os.environ["RANK"] == "0":
-        print("RESULT " + json.dumps(results), flush=True)
-
-
-main()
+model, squad, folder = sys.argv[1:]
+small = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "4"}
+settings = pbt.lesson.read_settings({"MODEL_NAME": model, "SQUAD_DATA": squad} | small)
+rows, results = pbt.lesson.load_squad(settings), {}
+for engine, pbt.lesson.DS_CONFIG in {"none": None, "deepspeed": SHIPPED}.items():  # accelerate knows no way back
+    results[engine], start = {}, None
+    for name, changes in VARIANTS.items():
+        results[engine][name], reports = train(DONOR | changes, settings, rows, f"{folder}/{engine}-{name}", start)
+        start = start or reports[1]["checkpoint"]  # the donor's, after epoch 2
+if os.environ["RANK"] == "0":
+    print("RESULT " + json.dumps(results), flush=True)
