@@ -41,6 +41,7 @@ flock --nonblock --conflict-exit-code 75 9 2>/dev/null || (($? != 75)) || {   # 
 paths=$(python "$REPO/scripts/prefetch.py" "$MODEL_NAME" "$SQUAD_DATA" "$FOLDER")
 { read -r MODEL_NAME; read -r SQUAD_DATA; } <<<"$paths"
 export MODEL_NAME SQUAD_DATA HF_HUB_OFFLINE=1
-echo "a run would use:" >&2
-python "$CHECK" >&2
+settings=$(python "$CHECK")                                  # opens all of it, as the check of a run does
+echo "a run would use:
+$settings" >&2
 printf 'export MODEL_NAME=%q\nexport SQUAD_DATA=%q\nexport HF_HUB_OFFLINE=1\n' "$MODEL_NAME" "$SQUAD_DATA"

@@ -5,61 +5,51 @@
     exports=$(python check_inputs.py --export) && eval "$exports"     # for scripts: the settings as variables
     python check_inputs.py --get NUM_EPOCHS SEED      # these values, one per line; model and data stay closed
 
+Numbers come first, within a second; then model and data are loaded as the search will load them, all but the weights.
 With RESUME=FOLDER the settings are those of the run in that folder. Exit status: 0 all is well, 2 problems.
 """
 
 import argparse
+import contextlib
 import difflib
-import fnmatch
+import errno
 import importlib.util
 import json
 import os
-import queue
 import re
 import shlex
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import rooms  # noqa: F401
 from this_node import usable_cpus
 
-
-def missing_package(error):
-    fix = "run scripts/setup_env.sh, or activate the course's environment"
-    print(f"ERROR: {sys.executable} has no package {error.name}; {fix}", file=sys.stderr)
-    sys.exit(2)
-
-
-try:
-    import raytune_asha_hpo as lesson
-except ModuleNotFoundError as error:
-    missing_package(error)
+for package in ("ray", "torch", "transformers", "datasets", "deepspeed"):
+    if not importlib.util.find_spec(package):
+        fix = "run scripts/setup_env.sh, or activate the course's environment"
+        print(f"ERROR: {sys.executable} has no package {package}; {fix}", file=sys.stderr)
+        sys.exit(2)
+import raytune_asha_hpo as lesson
 
 LIMITS = {  # name: (lowest, highest)
-    "LR_LOWER": (0, 10),  # 0 itself trains nothing, see read_number
-    "LR_UPPER": (0, 10),
+    "LR_LOWER": (0, 10), "LR_UPPER": (0, 10), "WD_CHOICES": (0, 10),  # a rate of 0 trains nothing, see read_number
     "BS_CHOICES": (1, 1024),  # a batch of 1024 samples has 512 k tokens: more than any GPU holds
-    "WD_CHOICES": (0, 10),
-    "WORKER_NODES": (1, 1000),
-    "NUM_SAMPLES": (1, 100_000),
-    "NUM_EPOCHS": (1, 10_000),
-    "TRAIN_SAMPLES": (1, 1_000_000),
-    "EVAL_SAMPLES": (1, 1_000_000),
-    "TEST_SAMPLES": (1, 1_000_000),  # of ask.py
-    "CHAT_TEMPLATE": (0, 1),
-    "WORKERS_PER_TRIAL": (1, 1024),
-    "CPUS_PER_WORKER": (1, 1024),
-    "GPUS_PER_WORKER": (0, 1),
-    "WORKER_DEADLINE": (1, 1_000_000),
-    "SEED": (0, 2**31 - 1),
-}
-WORDS = {"PRECISION": ("auto", "bf16", "fp16", "fp32")}
+    "WORKER_NODES": (1, 1000), "NUM_SAMPLES": (1, 100_000), "NUM_EPOCHS": (1, 10_000),
+    "TRAIN_SAMPLES": (1, 1_000_000), "EVAL_SAMPLES": (1, 1_000_000), "TEST_SAMPLES": (1, 1_000_000),  # of ask.py
+    "WORKERS_PER_TRIAL": (1, 1024), "CPUS_PER_WORKER": (1, 1024), "GPUS_PER_WORKER": (0, 1),
+    "WORKER_DEADLINE": (1, 1_000_000), "CHAT_TEMPLATE": (0, 1), "SEED": (0, 2**31 - 1),
+}  # fmt: skip
 DECIMAL = ("LR_LOWER", "LR_UPPER", "WD_CHOICES")  # the others are whole numbers
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 MAY_CHANGE = ("WORKER_NODES", "CPUS_PER_WORKER", "WORKER_DEADLINE")  # of a resumed run; its results stay
-HUB_SECONDS = 10  # after which the hub counts as out of reach
 PROCESSES_PER_CPU = 4  # training processes of a trial on a machine without Slurm, at most
+HUB_SECONDS = 10  # after which the hub counts as out of reach
+ENCODED = 100  # questions of a split that are encoded here; of a file all are read
+INDEX = "model.safetensors.index.json"  # of weights in several files
+TOKENIZERS = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"}
+NEEDS_GPU = {"bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "torch_compile"}  # fields not tried here
+WRONG_DATA = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what unexpected JSON leads to
 
 
 class InputError(Exception):
@@ -72,8 +62,8 @@ def check(environ, look_inside=True):
     Folders become absolute paths, because worker nodes start elsewhere. gpus_required says whether the user
     has set GPUS_PER_WORKER; if not, nodes without GPUs may train as well.
     """
-    environ = environ_of_run(environ)
-    s, problems = SimpleNamespace(gpus_required="GPUS_PER_WORKER" in environ), []
+    environ, script = environ_of_run(environ)
+    s, problems = SimpleNamespace(gpus_required="GPUS_PER_WORKER" in environ, search_script=script), []
     for name, (default, *_) in lesson.VARIABLES.items():
         text = environ.get(name, default)
         try:
@@ -84,17 +74,17 @@ def check(environ, look_inside=True):
     if None not in (s.LR_LOWER, s.LR_UPPER) and s.LR_LOWER >= s.LR_UPPER:
         lower, upper = (environ.get(name, lesson.VARIABLES[name][0]) for name in ("LR_LOWER", "LR_UPPER"))
         problems.append(f"LR_LOWER={lower!r} LR_UPPER={upper!r}: LR_LOWER must be the smaller of the two")
-    for name in sorted(filter(str.isprintable, set(environ) - set(lesson.VARIABLES) - {"RESUME"})):
+    for name in sorted(environ):
         if meant := misspelt(name):
             why = f"no such variable; did you mean {meant}? (otherwise unset {name})"
             problems.append(f"{name}={environ[name]!r:.500}: {why}")
-    if look_inside:
-        problems += model_and_data_problems(s) + machine_problems(s, environ)
-        for package in ("torch", "transformers", "deepspeed"):
-            if not importlib.util.find_spec(package):
-                raise ModuleNotFoundError(name=package)
-        if not problems:
-            problems = search_space_problems(lesson.search_space(s)) + scheduler_problems(lesson.scheduler(s))
+    cpus, asked = usable_cpus(), s.WORKERS_PER_TRIAL
+    if look_inside and asked and asked > PROCESSES_PER_CPU * cpus and not environ.get("ON_SLURM"):
+        fix = f"set at most {PROCESSES_PER_CPU * cpus}, or use sbatch"  # there, worker_capacity.py says what fits
+        why = f"too many training processes for this machine with {cpus} CPUs"
+        problems.append(f"WORKERS_PER_TRIAL='{asked}': {why}; {fix}")
+    if look_inside and not problems:
+        problems = search_problems(s) + model_and_data_problems(s)
     if problems:
         raise InputError("\n".join(problems))
     return s
@@ -102,39 +92,25 @@ def check(environ, look_inside=True):
 
 # ---- Variables -------------------------------------------------------------------------------------------
 def misspelt(name):
-    """The variable that was meant, or None: NUM_SAMPLE, MODELNAME, seed, but not SPEED, NODE_NAME or CHECKPOINT.
-
-    Other programs have variables, too. So a name counts as misspelt if only case or underscores differ; in long
-    names also one letter, or two neighbours that are swapped; and with LR_, BS_ or WD_, which nobody else uses,
-    whatever is most like it.
-    """
-    plain = lambda text: text.upper().replace("_", "")
-    for meant in (*lesson.VARIABLES, "RESUME"):
-        if plain(name) == plain(meant) or (len(plain(meant)) > 6 and one_edit(plain(name), plain(meant))):
-            return meant
-    ours = [meant for meant in lesson.VARIABLES if meant[:3] in ("LR_", "BS_", "WD_") and meant[:3] == name[:3].upper()]
-    return next(iter(difflib.get_close_matches(name.upper(), ours, n=1, cutoff=0.6)), None)
-
-
-def one_edit(a, b):
-    """Whether one letter was left out, added or replaced, or two neighbours were swapped."""
-    start = len(os.path.commonprefix([a, b]))
-    a, b = a[start:], b[start:]
-    return a[1:] == b or a == b[1:] or a[1:] == b[1:] or (a[:2] == b[1::-1] and a[2:] == b[2:])
+    """The variable that was meant, or None: NUM_SAMPLE and MODELNAME, but not NODE_NAME, SEEDS or seed."""
+    ours = [*lesson.VARIABLES, "RESUME"]
+    if name in ours or not re.fullmatch("[A-Z0-9_]+", name):
+        return None
+    alike = 0.75 if name.startswith(("LR_", "BS_", "WD_")) else 0.9  # hardly any other program has these
+    return next(iter(difflib.get_close_matches(name, ours, 1, alike)), None)
 
 
 def read_value(name, text):
     """The value of a variable; of a folder its absolute path."""
     if not text.isprintable():
-        what = "a line break, control character or invalid UTF-8 (Windows line endings?)"
-        raise InputError(f"contains {what}; remove it")
+        raise InputError("contains a line break, control character or invalid UTF-8 (Windows line endings?); remove it")
     if name in LIMITS:
         return read_list(name, text) if name.endswith("_CHOICES") else read_number(name, text)
     if not text.strip():
         raise InputError("is empty; unset it to use the default")
-    if name in WORDS:
-        if text not in WORDS[name]:
-            raise InputError(f"must be one of {', '.join(WORDS[name])}")
+    if name == "PRECISION":
+        if text not in PRECISIONS:
+            raise InputError(f"must be one of {', '.join(PRECISIONS)}")
         return text
     path = os.path.realpath(os.path.expanduser(text))
     if not path.isprintable():
@@ -177,269 +153,264 @@ def read_list(name, text):
 
 
 def environ_of_run(environ):
-    """environ, with RESUME the variables of the run in that folder; others than these are refused."""
+    """(variables, search script): with RESUME those of the run in that folder; others are refused."""
     folder = environ.get("RESUME")
     if not folder:
-        return environ
-    try:
-        saved = dict(json.loads(Path(folder, "settings.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
-        why = f"RESUME={folder!r:.500}: no settings.json of a search in this folder"
+        return environ, None
+    import read_run
+
+    saved, script = read_run.settings_of(folder), read_run.started_of(folder).get("script")
+    if not saved:
+        why = f"RESUME={folder!r:.500}: no record of a search (events.jsonl) in this folder"
         fix = "or, if that run ended before its search began, submit a new one without RESUME"
-        raise InputError(f"{why}; give a folder such as runs/12345, {fix}") from None
-    saved = {name: text for name, text in saved.items() if name in lesson.VARIABLES and isinstance(text, str)}
-    changed = [
-        f"{name}={environ[name]!r:.500}: the run in {folder} has {saved.get(name, 'the default')!r}; "
-        f"unset {name}, or start a new run without RESUME"
-        for name in lesson.VARIABLES
-        if name in environ and name not in MAY_CHANGE and not same(name, environ[name], saved.get(name))
-    ]
+        raise InputError(f"{why}; give a folder such as runs/12345, {fix}")
+    if script and not os.path.isfile(script):
+        fix = "put it back, or start a new run without RESUME"
+        raise InputError(f"RESUME={folder!r:.500}: its search script {script} does not exist any more; {fix}")
+    saved = {name: text for name, text in saved.items() if name in lesson.VARIABLES}
+    fixed = [name for name in lesson.VARIABLES if name in environ and name not in MAY_CHANGE]
+    changed = {name: saved.get(name, "the default") for name in fixed if not same(name, environ[name], saved.get(name))}
+    if script and os.path.realpath(environ.get("SEARCH_SCRIPT") or script) != os.path.realpath(script):
+        changed["SEARCH_SCRIPT"] = script
     if changed:
-        raise InputError("\n".join(changed))
-    return environ | saved | {name: environ[name] for name in MAY_CHANGE if name in environ}
+        raise InputError("\n".join(f"{name}={environ[name]!r:.500}: the run in {folder} has {its!r}; unset {name}, or "
+                                   "start a new run without RESUME" for name, its in changed.items()))  # fmt: skip
+    return environ | saved | {name: environ[name] for name in MAY_CHANGE if name in environ}, script
 
 
 def same(name, text, saved):
-    try:
+    with contextlib.suppress(InputError):
         return text == saved or (saved is not None and read_value(name, text) == read_value(name, saved))
-    except InputError:
-        return False
 
 
-def machine_problems(s, environ):
-    """A trial far too large for this machine. For Slurm's nodes, worker_capacity.py says what fits."""
-    cpus, asked = usable_cpus(), s.WORKERS_PER_TRIAL or 0
-    most = PROCESSES_PER_CPU * cpus
-    if environ.get("ON_SLURM") or asked <= most:
-        return []
-    why = f"too many training processes for this machine with {cpus} CPUs"
-    return [f"WORKERS_PER_TRIAL='{asked}': {why}; set at most {most}, or use sbatch"]
+# ---- What libraries raise --------------------------------------------------------------------------------
+REASONS = {  # of the classes of an exception, its causes and their bases the first that stands here: why; fix
+    "OfflineModeIsEnabled": "the hub is switched off; unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE",
+    "GatedRepoError": "the hub asks you to accept its terms; do so on its page there, then: hf auth login",
+    "RepositoryNotFoundError": "the hub has nothing public of this name; check its spelling, or: hf auth login",
+    "HfHubHTTPError": "the hub answers with an error; try again later",
+    "TransportError": "the hub cannot be reached from this machine; fetch it on a login node that can, if need be "
+                      "through HTTPS_PROXY (bash scripts/prefetch.sh), and give the local folder",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def told(problems, name, value, otherwise="cannot be loaded; fetch it again, or use another one"):
+    """Whatever goes wrong inside becomes a line of `problems`."""
+    try:
+        yield
+    except InputError as error:
+        problems.append(f"{name}={value!r}: {error}")
+    except Exception as error:  # noqa: BLE001  each library raises its own kinds
+        chain = [error]
+        while cause := chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(cause)
+        kinds = {kind.__name__ for each in chain for kind in type(each).__mro__}
+        why, fix = next((REASONS[kind] for kind in REASONS if kind in kinds), otherwise).split("; ", 1)
+        if {getattr(each, "errno", None) for each in chain} & {errno.ENOSPC, errno.EDQUOT}:
+            why, fix = "the disk is full, or your quota is reached", "make room, or use a folder on another disk"
+        if "trust_remote_code" in str(error):
+            why, fix = "needs Python code of its own, which is never run", "use another model"
+        problems.append(f"{name}={value!r}: {why} ({one_line(error)}); {fix}")
+
+
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:250]
 
 
 # ---- Model and data --------------------------------------------------------------------------------------
 def model_and_data_problems(s):
-    """Could MODEL_NAME and SQUAD_DATA be loaded? The weights are not loaded here: that takes too long."""
-    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error", "DATASETS_VERBOSITY": "error"}
+    """Loads MODEL_NAME and SQUAD_DATA as the search will, all but the weights: that takes too long."""
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+             "HF_HUB_VERBOSITY": "error", "DATASETS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}  # fmt: skip
     os.environ.update(quiet | os.environ)  # the libraries read them when they are imported
-    problems, questions = [], {}
-    for name, look, look_on_hub in (
-        ("MODEL_NAME", look_into_model, look_for_model),
-        ("SQUAD_DATA", count_questions, count_questions_on_hub),
-    ):
-        value = getattr(s, name)
-        try:
-            if value is not None:
-                questions = (look if os.path.isdir(value) else look_on_hub)(value) or {}
-        except InputError as error:
-            problems.append(f"{name}={value!r}: {error}")
-        except Exception as error:  # noqa: BLE001  each library raises its own kinds
-            why = f"cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            problems.append(f"{name}={value!r}: {why}; {FETCH_AGAIN if os.path.isdir(value) else FETCH}")
+    problems, few = [], {}
+    with told(problems, "MODEL_NAME", s.MODEL_NAME):
+        place, config = check_model(s.MODEL_NAME)
+        from transformers import AutoTokenizer
+
+        no_tokenizer = "its tokenizer cannot be loaded; give it a tokenizer.json, or run: pip install sentencepiece"
+        with told(problems, "MODEL_NAME", s.MODEL_NAME, no_tokenizer):
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            if tokenizer.eos_token_id is None:
+                raise InputError("its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    with told(problems, "SQUAD_DATA", s.SQUAD_DATA, "is not SQuAD v1.1; give rajpurkar/squad, or another of its form"):
+        for name, (source, rows) in zip(("TRAIN_SAMPLES", "EVAL_SAMPLES"), read_splits(s.SQUAD_DATA), strict=True):
+            asked, found = getattr(s, name), len(rows)
+            few[name] = min(asked, ENCODED)
+            if not os.path.isdir(s.SQUAD_DATA):  # of a large data set only what is used
+                check_rows(lesson.draw(rows, min(asked, found), s.SEED))
+            if asked > found:
+                problems.append(f"{name}='{asked}': {source} has only {found} questions; ask for at most {found}")
     if not problems and s.CHAT_TEMPLATE:
-        problems = chat_template_problems(s.MODEL_NAME)
-    for name, (source, found) in questions.items():
-        asked = getattr(s, name)
-        if asked is not None and asked > found:
-            problems.append(f"{name}='{asked}': {source} has only {found} questions; ask for at most {found}")
+        no_template = "the tokenizer has no chat template, or one that takes no single prompt; set CHAT_TEMPLATE=0"
+        with told(problems, "CHAT_TEMPLATE", "1", no_template):
+            user = [{"role": "user", "content": "@@"}]
+            if tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True).count("@@") != 1:
+                raise InputError("the chat template does not show the prompt as it is; set CHAT_TEMPLATE=0")
+    if not problems:
+        with told(problems, "MODEL_NAME", s.MODEL_NAME):
+            encoded = lesson.load_squad(SimpleNamespace(**vars(s) | few | {"MODEL_NAME": place}))
+            last = max(token for rows in encoded for row in rows for token in row["input_ids"])
+            if last >= (words := config.get_text_config().vocab_size):
+                why = f"its tokenizer makes token {last}, but the model knows only {words}"
+                raise InputError(f"{why}; use a tokenizer without added tokens, or resize the embeddings")
     return problems
 
 
-FETCH_AGAIN = "fetch it again, or fix its permissions"
-FETCH = "compute nodes often cannot reach the hub: fetch it on a login node (bash scripts/prefetch.sh) and "
-FETCH += "give the local folder"
+def check_model(name):
+    """(place, configuration) of a model that can be trained. Raises InputError."""
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto as auto
+
+    place, names = find_model(name)
+    if "config.json" not in names:
+        raise InputError("has no config.json; give a folder that save_pretrained wrote")
+    config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    encoder = type(config) in auto.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if encoder or type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"{config.model_type} is not a causal language model that can be trained; use another one")
+    if quantized := getattr(config, "quantization_config", None):
+        raise InputError(f"its weights are quantized ({quantized!r:.80}); use the model from which it was made")
+    if not TOKENIZERS & set(names):
+        raise InputError("has no tokenizer files such as tokenizer.json; fetch the whole model, or use another one")
+    return place, config
 
 
-def look_into_model(folder):
-    size = {path.name: path.stat().st_size for path in Path(folder).iterdir() if path.exists()}
-    if "config.json" not in size:
-        raise InputError("no config.json in this folder; give one that save_pretrained wrote")
-    # A file of less than 1 kB is the pointer that git leaves where it could not download the weights.
-    weights = [name for name in fnmatch.filter(size, "model*.safetensors") if size[name] > 1000]
-    tokenizers = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"} & set(size)
-    complain_about_model(Path(folder, "config.json"), weights, tokenizers)
-    if "tokenizer.json" in tokenizers:
-        from tokenizers import Tokenizer
-
-        try:
-            Tokenizer.from_file(f"{folder}/tokenizer.json")
-        except Exception as error:  # noqa: BLE001  the library raises nothing more specific
-            reason = str(error).splitlines()[0]
-            raise InputError(f"tokenizer.json cannot be read ({reason}); {FETCH_AGAIN}") from None
-
-
-def chat_template_problems(name):
-    """A tokenizer without one, or whose template changes the prompt."""
-    from transformers import AutoTokenizer
-
-    why, user = "has no chat template", [{"role": "user", "content": "@@"}]
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    if tokenizer.chat_template:
-        try:
-            text = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
-            why = None if text.count("@@") == 1 else "has a chat template that does not show the prompt as it is"
-        except Exception as error:  # noqa: BLE001  a template is a program and can raise anything
-            why = f"has a chat template that takes no single prompt ({error})"
-    return [f"CHAT_TEMPLATE='1': the tokenizer of {name} {why}; set CHAT_TEMPLATE=0"] if why else []
-
-
-def look_for_model(name):
-    """On the Hugging Face hub, or in its cache on this machine."""
+def find_model(name):
+    """(place, names of its files): its folder, or one in the hub's cache that is whole, or the hub."""
+    if os.path.isdir(name):
+        open_weights(name)
+        return name, os.listdir(name)
     import huggingface_hub as hub
-    from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    def there(file):
-        if isinstance(hub.try_to_load_from_cache(name, file), str):
-            return True
-        try:
-            return hub.get_hf_file_metadata(hub.hf_hub_url(name, file))
-        except RemoteEntryNotFoundError:
-            return False
-
-    def look():
-        weights = there("model.safetensors") or there("model.safetensors.index.json")
-        return Path(hub.hf_hub_download(name, "config.json")), weights
-
-    complain_about_model(*within(HUB_SECONDS, look), tokenizers=True)
+    with contextlib.suppress(hub.errors.LocalEntryNotFoundError, InputError):
+        folder = hub.snapshot_download(name, local_files_only=True)
+        open_weights(folder)
+        if TOKENIZERS & set(os.listdir(folder)):
+            return folder, os.listdir(folder)
+    names = [file.rfilename for file in hub.HfApi().model_info(name, timeout=HUB_SECONDS).siblings]
+    weights_of(names)
+    return name, names
 
 
-def within(seconds, function):
-    """What function() returns or raises; TimeoutError if that takes longer, as on a node without a route."""
-    answers = queue.SimpleQueue()
+def weights_of(names):
+    """Those of a model's files that hold its weights."""
+    if "model.safetensors" in names:
+        return ["model.safetensors"]
+    if INDEX in names:
+        return [INDEX, *(name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name))]
+    raise InputError("has no model.safetensors (other formats, such as .bin, are not loaded); use another model")
 
-    def work():
-        try:
-            answers.put((function(), None))
-        except Exception as error:  # noqa: BLE001  raised again below
-            answers.put((None, error))
 
-    threading.Thread(target=work, daemon=True).start()
+def open_weights(folder):
+    """Raises InputError if a file of weights is missing or cut short, as its header tells."""
+    from safetensors import safe_open
+
+    (name, *_), folder = weights_of(os.listdir(folder)), Path(folder)
     try:
-        found, error = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer from the hub within {seconds} s") from None
-    if error:
-        raise error
-    return found
+        index = json.loads((folder / INDEX).read_text("utf-8")) if name == INDEX else {"weight_map": {"all": name}}
+        for name in sorted(set(index["weight_map"].values())):
+            with safe_open(folder / name, framework="numpy"):
+                pass
+    except Exception as error:  # noqa: BLE001  the library has an exception of its own, derived from none
+        fix = "remove this folder and fetch the model again (git alone fetches no weights)"
+        raise InputError(f"{name} is missing or incomplete ({one_line(error)}); {fix}") from None
 
 
-def complain_about_model(config, weights, tokenizers):
+def read_splits(data):
+    """[(source, rows)] of training and validation. Raises InputError."""
+    if os.path.isdir(data):
+        return [(name, read_file(Path(data, name))) for name in files_of_data(data)]
+    import huggingface_hub as hub
+
+    if not hub.constants.HF_HUB_OFFLINE:  # else only the cache is asked
+        hub.HfApi().dataset_info(data, timeout=HUB_SECONDS)
+    return list(zip((f"{data} (train)", f"{data} (validation)"), lesson.read_splits(data), strict=True))
+
+
+def files_of_data(folder):
+    form = ".jsonl" if Path(folder, "train.jsonl").exists() else "-v1.1.json"
+    return f"train{form}", f"dev{form}"
+
+
+def read_file(path):
+    """The rows of SQuAD v1.1 or of JSON lines. Raises InputError that names the file and the line."""
+    source, form, rows = path.name, "SQuAD v1.1", []
     try:
-        text = json.loads(config.read_text(encoding="utf-8"))
-        text = text if isinstance(text, dict) else {}
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "it is not JSON"
-        raise InputError(f"config.json cannot be read ({reason}); fetch the model again") from None
-    if "auto_map" in text:  # only then, since the import takes a second
-        from transformers import CONFIG_MAPPING
-
-        if text.get("model_type") not in CONFIG_MAPPING:
-            what = "Python code of its own (auto_map in config.json)"
-            raise InputError(f"this model needs {what}, which is never run; use another model")
-    parts = {
-        "model_type in config.json": "model_type" in text,
-        "weights in model*.safetensors (other formats, such as pytorch_model.bin, are not loaded)": weights,
-        "tokenizer files such as tokenizer.json": tokenizers,
-    }
-    lacks = [part for part, there in parts.items() if not there]
-    if lacks:
-        raise InputError(f"has no {' and no '.join(lacks)}; fetch the whole model, or use another one")
-
-
-def count_questions(folder):
-    """{variable: (file, number of questions in it)}"""
-    folder, found = Path(folder), {}
-    form = ".jsonl" if (folder / "train.jsonl").exists() else "-v1.1.json"
-    for name, file in (("TRAIN_SAMPLES", f"train{form}"), ("EVAL_SAMPLES", f"dev{form}")):
-        try:
-            found[name] = file, len((read_jsonl if form == ".jsonl" else read_squad)(folder / file))
-        except FileNotFoundError:
-            also = " (or train.jsonl and dev.jsonl)" if form != ".jsonl" else ""
-            raise InputError(f"no file {file} in this folder; give a folder that has it{also}") from None
-        except OSError as error:
-            raise InputError(f"{file} cannot be read ({error.strerror}); {FETCH_AGAIN}") from None
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise InputError(f"{file} is not SQuAD v1.1 JSON ({reason}); fetch it again") from None
-    return found
+        if path.suffix != ".jsonl":
+            return check_rows(lesson.read_file(path))
+        form = 'UTF-8 lines of {"prompt": "...", "answer": "..."}'
+        for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+            if line.strip():
+                source = f"{path.name}, line {number}:"
+                example = json.loads(line.decode())
+                row = {"context": "", "question": example["prompt"], "answers": {"text": [example["answer"]]}}
+                rows += check_rows([row])
+        source = path.name
+        return check_rows(rows)
+    except FileNotFoundError:
+        form = "train-v1.1.json and dev-v1.1.json, or train.jsonl and dev.jsonl"
+        raise InputError(f"no file {path.name} in this folder; give a folder that has {form}") from None
+    except OSError as error:
+        raise InputError(f"{path.name} cannot be read ({error.strerror}); fix its permissions") from None
+    except WRONG_DATA as error:
+        raise InputError(f"{source} is not {form} ({one_line(error)}); mend it, or fetch it again") from None
 
 
-def read_squad(path):
-    """The questions as the lesson reads them. ValueError, LookupError, TypeError: it is not SQuAD."""
-    rows = lesson.read_file(path)
-    texts = [text for row in rows for text in (row["context"], row["question"], *row["answers"]["text"])]
-    answered = rows and all(row["answers"]["text"] for row in rows)
-    if not answered or not all(isinstance(text, str) for text in texts):
-        raise ValueError("no questions, a question without an answer, or a non-string text")
-    "".join(texts).encode()  # JSON can contain halves of surrogate pairs, which the tokenizer refuses
+def check_rows(rows):
+    """The rows. Raises one of WRONG_DATA if a row cannot be trained on, or is not what would be trained on."""
+    if not rows:
+        raise ValueError("no questions")
+    for row in rows:
+        prompt, answers = row["context"] + row["question"], row["answers"]["text"]
+        if not isinstance(answers, list):
+            raise TypeError(f"the answers to {row['question']!r:.60} are not a list of texts")
+        if not prompt.strip() or not answers or not answers[0].strip():
+            raise ValueError(f"{row['question']!r:.60} is an empty question or, as in SQuAD v2, has no answer")
+        "".join([prompt, *answers]).encode()  # tokenizers refuse halves of surrogate pairs
     return rows
 
 
-def read_jsonl(path):
-    """The examples of a file of JSON lines. Raises InputError with the number of the first wrong line."""
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise InputError(f"{path.name}, line {line}: is not UTF-8; save the file as UTF-8") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                texts = [row["prompt"], row["answer"]]
-                if not all(isinstance(text, str) and text.strip() for text in texts):
-                    raise ValueError("an empty text, or no text")
-                "".join(texts).encode()
-                found.append(row)
-            except (ValueError, LookupError, TypeError, RecursionError) as error:
-                form, why = '{"prompt": "...", "answer": "..."}', f"{type(error).__name__}: {error}"
-                raise InputError(f"{path.name}, line {number}: is not {form} ({why:.200}); mend it") from None
-    if not found:
-        raise InputError(f"{path.name} is empty; write a line for each example")
-    return found
-
-
-def count_questions_on_hub(name):
-    """As count_questions, as far as the hub, or its cache on this machine, says how many there are."""
-    from datasets import load_dataset_builder
-
-    info = within(HUB_SECONDS, lambda: load_dataset_builder(name).info)
-    if info.features and not {"context", "question", "answers"} <= set(info.features):
-        raise InputError("no columns context, question and answers: not SQuAD v1.1; give another data set")
-    found = {}
-    for variable, split in (("TRAIN_SAMPLES", "train"), ("EVAL_SAMPLES", "validation")):
-        if split in (info.splits or ()) and info.splits[split].num_examples:
-            found[variable] = f"{name} ({split})", info.splits[split].num_examples
-    return found
-
-
 # ---- Search space and scheduler --------------------------------------------------------------------------
-def search_space_problems(space):
-    """Keys of the search space that the training would not understand."""
-    ours = list(lesson.TRAINING_ARGUMENT)
-    unknown = set(space["train_loop_config"]) - set(ours)
-    if not unknown:
-        return []  # without the import below, which takes seconds
-    from transformers import TrainingArguments
-
-    fields, problems = list(TrainingArguments.__dataclass_fields__), []
-    for key in sorted(unknown - set(fields)):
-        why = f"neither one of {', '.join(ours)} nor a field of transformers.TrainingArguments"
-        meant = difflib.get_close_matches(key, fields + ours, n=1)
-        hint = f"; did you mean {meant[0]!r}?" if meant else ""
-        problems.append(f"search space: {key!r} is no hyperparameter: {why}{hint}")
-    return problems
-
-
-def scheduler_problems(chosen):
-    """A scheduler that needs checkpoints."""
+def search_problems(s):
+    """Values that the Trainer refuses; a scheduler that needs checkpoints."""
     from ray.tune.schedulers import HyperBandScheduler, PopulationBasedTraining
 
-    if not isinstance(chosen, (PopulationBasedTraining, HyperBandScheduler)):
-        return []
-    why = "interrupts trials and continues them from checkpoints, which raytune_asha_hpo.py does not save"
-    fix = "use raytune_pbt_hpo.py, or a scheduler that only stops trials"
-    return [f"scheduler: {type(chosen).__name__} {why}; {fix}"]
+    try:
+        space, chosen = lesson.search_space(s), lesson.scheduler(s)
+        if set(space) != {"train_loop_config"}:
+            return [f"search space: has {sorted(space)}; put what is drawn into train_loop_config, nothing beside it"]
+        if isinstance(chosen, (PopulationBasedTraining, HyperBandScheduler)):
+            why = "interrupts trials and continues them from checkpoints, which raytune_asha_hpo.py does not save"
+            fix = "use raytune_pbt_hpo.py, or a scheduler that only stops trials"
+            return [f"scheduler: {type(chosen).__name__} {why}; {fix}"]
+        return trainer_problems(space["train_loop_config"])
+    except Exception as error:  # noqa: BLE001  it is the user's code
+        return [f"search space or scheduler: {one_line(error)}; mend it in raytune_asha_hpo.py"]
+
+
+def trainer_problems(drawn):
+    """What TrainingArguments says of the names and of values drawn, if there are others than the lesson's own."""
+    ours = lesson.TRAINING_ARGUMENT
+    if set(drawn) <= set(ours):
+        return []  # without an import that takes seconds
+    from ray.tune.search.variant_generator import generate_variants
+    from transformers import TrainingArguments
+
+    class Arguments(TrainingArguments):
+        _setup_devices = None  # neither a GPU nor the other processes of a trial are asked
+
+    fields, problems = [*ours, *TrainingArguments.__dataclass_fields__], []
+    for name in sorted(set(drawn) - set(fields)):
+        why = f"{name!r} is no hyperparameter: neither one of {', '.join(ours)} nor a field of TrainingArguments"
+        meant = difflib.get_close_matches(name, fields, 1)
+        problems.append(f"search space: {why}; " + (f"did you mean {meant[0]!r}?" if meant else "remove it"))
+    for _ in range(0 if problems else 20):  # draws
+        for _, values in generate_variants(drawn):
+            values = {ours.get(name, name): value for name, value in values.items() if name not in NEEDS_GPU}
+            Arguments(**{"output_dir": "/tmp", "use_cpu": True, "report_to": "none"} | values)
+    return problems
 
 
 # ---- Command line ----------------------------------------------------------------------------------------
@@ -450,12 +421,12 @@ def as_text(value):
 def export_lines(s):
     """For a shell. GPUS_PER_WORKER that is not set means 1, and 0 on nodes without GPUs."""
     names = [name for name in lesson.VARIABLES if name != "GPUS_PER_WORKER" or s.gpus_required]
-    return [f"export {name}={shlex.quote(as_text(getattr(s, name)))}" for name in names]
+    script = [f"export SEARCH_SCRIPT={shlex.quote(s.search_script)}"] if s.search_script else []
+    return [f"export {name}={shlex.quote(as_text(getattr(s, name)))}" for name in names] + script
 
 
 def main():
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--export", action="store_true", help="export lines for a shell; table on stderr")
     what.add_argument("--get", nargs="+", metavar="NAME", choices=lesson.VARIABLES, help="one per line")
@@ -465,8 +436,6 @@ def main():
     except InputError as error:
         print(*(f"ERROR: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return 2
-    except ModuleNotFoundError as error:
-        missing_package(error)
     if not a.get:
         shown = sys.stderr if a.export else sys.stdout
         shown.reconfigure(errors="backslashreplace")  # a path can have letters that the terminal lacks

@@ -62,8 +62,7 @@ def find_gpus():
     """(number, their best precision, name) of the GPUs that PyTorch can use here, not those that Slurm promises."""
     env = os.environ
     if not importlib.util.find_spec("torch"):
-        fail(f"{sys.executable} has no PyTorch; "
-             "activate the course's environment in the EDIT block of this node's script")
+        fail(f"{sys.executable} has no PyTorch; activate the course's environment in experiments/site.sh")
     # Importing PyTorch takes seconds, so only where a driver is, or what may break it.
     driver = any(map(os.path.exists, DRIVERS))
     if env.get("GPUS_PER_WORKER") == "0" or not driver:
@@ -87,7 +86,7 @@ def ask_torch(code):
     libraries = os.environ.get("LD_LIBRARY_PATH")
     if libraries and run_python("import torch", without="LD_LIBRARY_PATH").returncode == 0:
         fix = (f"LD_LIBRARY_PATH={libraries} gives it other libraries than its own: load no CUDA module, "
-               "or unset LD_LIBRARY_PATH, in the EDIT block")  # fmt: skip
+               "or unset LD_LIBRARY_PATH, in experiments/site.sh")  # fmt: skip
     elif (build := run_python(BUILD)).returncode == 0:
         fix = f"this is {build.stdout.splitlines()[-1]}; {fix}"
     said = (run.stderr.splitlines() or [f"it ended with status {run.returncode}"])[-1]
@@ -162,7 +161,7 @@ def likely_cause(address):
         socket.create_server((address, 0)).close()
     except OSError:
         own = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.strip()
-        return f", with the address {address}, not one of this node ({own}): set NODE_ADDRESS in the EDIT block"
+        return f", with the address {address}, not one of this node ({own}): set NODE_ADDRESS in experiments/site.sh"
     return ""
 
 
