@@ -168,23 +168,14 @@ def make_tokenizer():
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=MAX_VOCABULARY,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # all 256 bytes, hence never <unk>
-        show_progress=False,
-    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # all 256 bytes, hence never <unk>
+    trainer = trainers.BpeTrainer(vocab_size=MAX_VOCABULARY, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet,
+                                  show_progress=False)  # fmt: skip
     bpe.train_from_iterator(texts, trainer)
     unk, bos, eos, pad = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        unk_token=unk,
-        bos_token=bos,
-        eos_token=eos,
-        pad_token=pad,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,  # else decoding would drop the blank in "a ."
-    )
+    # Without clean_up_tokenization_spaces=False, decoding would drop the blank in "a ."
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token=unk, bos_token=bos, eos_token=eos, pad_token=pad,
+                                   padding_side="left", clean_up_tokenization_spaces=False)  # fmt: skip
 
 
 def make_model(tokenizer):
@@ -192,18 +183,11 @@ def make_model(tokenizer):
     import torch
     from transformers import BloomConfig, BloomForCausalLM
 
-    config = BloomConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        n_layer=2,
-        n_head=4,
-        # BLOOM's 0.02 is for widths of 1,024 and more. At width 64 learning starts too slowly with it: five
-        # epochs of 240 questions then end at a dev loss of 0.5 to 0.8 instead of 0.1.
-        initializer_range=0.1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    # BLOOM's initializer_range of 0.02 is for widths of 1,024 and more. At width 64 learning starts too slowly with it:
+    # five epochs of 240 questions then end at a dev loss of 0.5 to 0.8 instead of 0.1.
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=64, n_layer=2, n_head=4, initializer_range=0.1,
+                         pad_token_id=tokenizer.pad_token_id, **ids)  # fmt: skip
     torch.manual_seed(0)
     return BloomForCausalLM(config)
 
@@ -238,11 +222,9 @@ def checksum(path: Path) -> str:
 
 def is_made(out: Path, options: dict) -> bool:
     """Whether `out` holds exactly what these options make. DemoError if making it would destroy what others made."""
-    if not out.exists():
-        return False
-    if not out.is_dir():
+    if out.exists() and not out.is_dir():
         raise DemoError(f"{out} is a file; name a folder")
-    if not any(out.iterdir()):
+    if not out.exists() or not any(out.iterdir()):
         return False
     try:
         stamp = json.loads((out / "demo.json").read_text(encoding="utf-8"))
@@ -253,8 +235,7 @@ def is_made(out: Path, options: dict) -> bool:
     changed = [name for name, digest in files.items() if checksum(out / name) != digest]
     if made_with == options and not changed:
         return True
-    foreign = sorted(present - set(files) | present.intersection(changed))
-    if foreign:
+    if foreign := sorted(present - set(files) | present.intersection(changed)):
         raise DemoError(f"{out / foreign[0]} was added or changed since; move it away, or name another folder")
     return False
 
@@ -295,10 +276,8 @@ def main() -> None:
             raise DemoError(f"{out} is the current folder; name a new one in it, such as .demo")
         parameters = install(out, options | {"script": checksum(Path(__file__))})
     except (DemoError, OSError, ModuleNotFoundError) as error:
-        advice = ""
-        if isinstance(error, OSError):
-            advice = "; name a folder that you may write to"
-        elif isinstance(error, ModuleNotFoundError):
+        advice = "; name a folder that you may write to" if isinstance(error, OSError) else ""
+        if isinstance(error, ModuleNotFoundError):
             advice = "; run bash scripts/setup_env.sh, then this with .venv/bin/python"
         print(f"ERROR: {error}{advice}", file=sys.stderr)
         sys.exit(2)

@@ -8,11 +8,9 @@
 #
 # `up` writes nothing but the export line of SLURM_CONF to stdout; the log is on stderr. Jobs run on this
 # machine as the user who submits them; the CPUs and GPUs of the nodes are booked, not there.
-# All files are in one folder, MINI_SLURM_DIR (default: /tmp/mini_slurm.<uid>); several can be up at once, and
-# a Slurm in /etc/slurm is not touched. MINI_SLURM_FIRST_JOB is the number of its first job (default: the one after the last
-# that has a log in this repository, so that no job writes into another's files). Started by root it serves all users, by
-# another user only that user.
-
+# All files are in one folder, MINI_SLURM_DIR (default: /tmp/mini_slurm.<uid>); several can be up at once, and a Slurm in
+# /etc/slurm is not touched. MINI_SLURM_FIRST_JOB: the number of its first job (default: after the last that has a log in
+# this repository, so that no job writes into another's files). Root's serves all users, another user's only that user.
 set -euo pipefail
 
 DAEMONS=(munged slurmctld head worker1 worker2)
@@ -22,15 +20,14 @@ PATH=$PATH:/usr/sbin:/sbin              # where the daemons are, and a normal us
 
 log()   { printf '%s mini_slurm: %s\n' "$(date +%T)" "$*" >&2; }
 die()   { log "$*"; exit 1; }
-usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; }
-
-# --- the folder --------------------------------------------------------------------------------------------
+usage() { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; }
 
 check_folder() {    # `down` removes the folder with all that is in it: take none that is not ours
     [[ ! -L $DIR ]] || die "MINI_SLURM_DIR=$DIR is a symbolic link; name the folder itself"
     DIR=$(realpath -m -- "$DIR")
-    [[ $DIR =~ ^/[A-Za-z0-9._/-]+$ ]] || die "MINI_SLURM_DIR=$DIR: only letters, digits and . _ - / please"
-    (( ${#DIR} <= 60 )) || die "MINI_SLURM_DIR=$DIR is longer than 60 characters, too long for Slurm's sockets"
+    export SLURM_CONF=$DIR/slurm.conf
+    [[ $DIR =~ ^/[A-Za-z0-9._/-]{1,59}$ ]] ||     # longer ones are too long for Slurm's sockets
+        die "MINI_SLURM_DIR=$DIR: only letters, digits and . _ - / please, and at most 60 characters"
     [[ -e $DIR ]] || return 0
     [[ -d $DIR && -O $DIR ]] || die "$DIR is not a folder of user $(id -un); set MINI_SLURM_DIR to another one"
     [[ -e $DIR/mini_slurm || -z $(ls -A -- "$DIR") ]] || die "$DIR holds files that are not mini_slurm's"
@@ -44,13 +41,11 @@ lock_folder() {     # one up or down at a time; a folder that was removed while 
     done
 }
 
-free_ports() {      # prints $1 ports that nobody listens on, below those that the kernel hands out by itself
-    local port ports=()
-    while (( ${#ports[@]} < $1 )); do
-        port=$(( 20000 + RANDOM % 12000 ))
-        [[ " ${ports[*]} " == *" $port "* ]] || (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || ports+=("$port")
-    done
-    echo "${ports[@]}"
+free_ports() {      # prints four that nobody listens on, below those that the kernel hands out by itself
+    local port
+    for port in $(shuf -i 20000-31999 -n 50); do
+        (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || echo "$port"
+    done | head -n 4 | xargs
 }
 
 last_job() {        # the highest job id among the logs of this repository, or nothing
@@ -62,17 +57,14 @@ write_config() {
     local ctld_port head_port worker1_port worker2_port i
     local address="NodeHostname=localhost NodeAddr=127.0.0.1 RealMemory=512000"
     local worker="CPUs=20 Weight=10 Gres=gpu:v100:8 Feature=v100"
-    read -r ctld_port head_port worker1_port worker2_port <<<"$(free_ports 4)"
+    read -r ctld_port head_port worker1_port worker2_port <<<"$(free_ports)"
     touch "$DIR/mini_slurm"             # marks the folder as ours
     chmod 755 "$DIR"
-    mkdir "$DIR"/{munge,run,log,gpu,state,spool} "$DIR"/spool/{head,worker1,worker2}
-    chmod 700 "$DIR/state"
+    mkdir "$DIR"/{munge,run,log,gpu,spool} "$DIR"/spool/{head,worker1,worker2}
+    mkdir -m 700 "$DIR/state"
     (umask 077; head -c 256 /dev/urandom >"$DIR/munge/key")
     for i in {0..7}; do ln -s /dev/null "$DIR/gpu/gpu$i"; done  # Slurm wants one device file per GPU; any will do
-    cat >"$DIR/gres.conf" <<END
-AutoDetect=off
-NodeName=worker[1-2] Name=gpu Type=v100 File=$DIR/gpu/gpu[0-7]
-END
+    printf '%s\n' "AutoDetect=off" "NodeName=worker[1-2] Name=gpu Type=v100 File=$DIR/gpu/gpu[0-7]" >"$DIR/gres.conf"
     # From 22.05 on slurmd looks for cgroups and systemd, which containers often lack, unless told not to.
     case $(slurmd -V) in
         *\ 2[01].*)         ;;          # does not know the setting
@@ -89,16 +81,11 @@ SlurmctldPort=$ctld_port
 FirstJobId=${MINI_SLURM_FIRST_JOB:-$(($(last_job) + 1))}
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
-AuthType=auth/munge
 AuthInfo=socket=$DIR/munge/socket
 StateSaveLocation=$DIR/state
 SlurmdSpoolDir=$DIR/spool/%n
 SlurmctldPidFile=$DIR/run/slurmctld.pid
 SlurmdPidFile=$DIR/run/%n.pid
-SlurmctldLogFile=$DIR/log/slurmctld.log
-SlurmdLogFile=$DIR/log/%n.log
-JobCompType=jobcomp/filetxt
-JobCompLoc=$DIR/log/jobcomp.log
 MinJobAge=3600
 MailProg=/bin/true
 SchedulerParameters=bf_interval=1
@@ -108,7 +95,6 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
 KillWait=$KILL_WAIT
 BatchStartTimeout=60
@@ -120,21 +106,18 @@ PartitionName=batch Nodes=head,worker1,worker2 Default=YES MaxTime=INFINITE Stat
 END
 }
 
-# --- starting ----------------------------------------------------------------------------------------------
-
 install_packages() {
-    local tool missing=() policy=/usr/sbin/policy-rc.d
+    local tool missing="" policy=/usr/sbin/policy-rc.d
     for tool in munged munge slurmctld slurmd sbatch squeue sinfo scontrol scancel; do
-        command -v "$tool" >/dev/null || missing+=("$tool")
+        command -v "$tool" >/dev/null || missing+=" $tool"
     done
-    (( ${#missing[@]} )) || return 0
-    command -v apt-get >/dev/null || die "no apt-get here: install Slurm and munge yourself (missing: ${missing[*]})"
-    (( EUID == 0 )) || die "missing ${missing[*]}; install them with: sudo apt-get install -y slurm-wlm munge"
-    log "installing slurm-wlm and munge (missing: ${missing[*]})"
+    [[ -n $missing ]] || return 0
+    command -v apt-get >/dev/null || die "no apt-get here: install Slurm and munge yourself (missing:$missing)"
+    (( EUID == 0 )) || die "missing$missing; install them with: sudo apt-get install -y slurm-wlm munge"
+    log "installing slurm-wlm and munge (missing:$missing)"
     if [[ ! -e $policy ]]; then         # Debian's way to say: do not start the services of what is installed now
         trap 'rm -f /usr/sbin/policy-rc.d' EXIT
-        printf '#!/bin/sh\nexit 101\n' >"$policy"
-        chmod 755 "$policy"
+        install -m 755 <(printf '#!/bin/sh\nexit 101\n') "$policy"
     fi
     export DEBIAN_FRONTEND=noninteractive
     apt-get -o DPkg::Lock::Timeout=300 update -qq </dev/null >&2
@@ -178,11 +161,10 @@ await() {           # await SECONDS CONDITION: 0 once the condition holds, 1 if 
 }
 
 await_up() {        # await_up SECONDS WHAT CONDITION DAEMON...: dies if it takes longer or one of the daemons ends
-    local limit=$1 what=$2 condition=$3 begin=$SECONDS why="" name
+    local end=$(( SECONDS + $1 )) what=$2 condition=$3 why="" name
     shift 3
     until await 2 "$condition"; do
-        log "waiting for $what, $(( SECONDS - begin )) s of $limit s"
-        (( SECONDS - begin < limit )) || why="it takes too long"
+        (( SECONDS < end )) || why="it takes too long"
         for name; do pid_of "$name" >/dev/null || { why="$name has ended"; set -- "$name"; break; }; done
         [[ -z $why ]] || { (cd "$DIR/log" && tail -n 8 "${@/%/.err}") >&2; die "waited for $what, but $why"; }
     done
@@ -193,11 +175,9 @@ up() {
     check_folder
     install_packages
     lock_folder
-    export SLURM_CONF=$DIR/slurm.conf
     if all_running && slurmctld_answers >/dev/null 2>&1 && await 10 nodes_usable; then
         log "already up in $DIR"
     else
-        [[ ! -e $DIR/mini_slurm ]] || log "only partly up: starting again"
         stop_everything
         write_config
         # --force: only warn if a parent folder is not to munge's taste (a private home, a test's own /tmp)
@@ -212,8 +192,6 @@ up() {
     fi
     printf 'export SLURM_CONF=%q\n' "$SLURM_CONF"
 }
-
-# --- stopping ----------------------------------------------------------------------------------------------
 
 leftovers() {       # prints the pids that belong to this folder: daemons, job steps, and all that the jobs started
     local link pid comm
@@ -245,7 +223,6 @@ stop_everything() { # jobs first and in peace, then the daemons and whatever is 
 down() {
     check_folder
     [[ ! -e $DIR ]] || lock_folder
-    export SLURM_CONF=$DIR/slurm.conf
     stop_everything
     rm -rf -- "$DIR"
     log "down; nothing is left in $DIR"
@@ -254,7 +231,6 @@ down() {
 status() {
     local name pid rc=0
     check_folder
-    export SLURM_CONF=$DIR/slurm.conf
     for name in "${DAEMONS[@]}"; do
         if pid=$(pid_of "$name"); then echo "$name: up, pid $pid"; else echo "$name: down"; rc=1; fi
     done
@@ -265,11 +241,10 @@ status() {
 main() {
     umask 022
     unset "${!SLURM_@}" "${!SBATCH_@}"  # of a job or a cluster that this shell may belong to
-    case ${1:-} in
-        up | down | status) (( $# == 1 )) || { usage >&2; exit 2; }; "$1" ;;
+    case $* in
+        up | down | status) "$1" ;;
         -h | --help | "")   usage ;;
-        *)                  log "unknown argument: $1"; usage >&2; exit 2 ;;
+        *)                  log "unknown argument: $*"; usage >&2; exit 2 ;;
     esac
 }
-
 main "$@"

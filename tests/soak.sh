@@ -104,7 +104,7 @@ for ((run = 1; run <= RUNS; run++)); do
     while ! log_has "$job" "Best Trial Result" && ((parts < 4)) && [[ -n $folder ]]; do   # a student submits the line at the log's end
         until_true 60 nothing_left || true
         parts=$((parts + 1))
-        [[ ! -e $folder/settings.json ]] || export RESUME=$folder
+        if grep -qs '"event": "settings"' "$folder/events.jsonl"; then export RESUME=$folder; fi
         job=$(sbatch --parsable "$HEAD")
         unset RESUME
         until_true 300 ended_watched "$job" || scancel "$job" || true

@@ -1,32 +1,27 @@
 """check_site.sh: a run on the real sandbox where all is well, and for each check a state that is not ok.
 
-Each state is made for real where it can be: an edited copy of the repository, a full file system in a mount
-namespace, a closed network, limits of the shell. Only the GPU for which PyTorch has no kernels, and a site's
-private /tmp, are made up.
+Each state is made for real where it can be: a changed copy of the repository, a full file system in a mount
+namespace, a closed network, limits of the shell.
 """
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import EXERCISE, REPO, copy_of_the_course, wait_for
+from conftest import EXERCISE, HEAD, REPO, wait_for
 
-OURS = ("SLURM_", "SBATCH_", "HF_", "NODE_ADDRESS")
-MOUNTS = ["unshare", "-rm", "bash", "-c"]  # a shell with a view of the file systems of its own
-HEAD, WORKER = "head_node_raytune_asha_hpo.slurm", "worker_node_raytune_asha_hpo.slurm"
-SLURM_TOOLS = ("sbatch", "squeue", "scontrol", "scancel", "sinfo")
-EDIT = "# Activate the environment here"
-LATER = ("#SBATCH --nodes=1", "#SBATCH --nodes=1\n#SBATCH --begin=now+1hour")
+ASHA = EXERCISE.relative_to(REPO)
+WORKER = "worker_node_raytune_asha_hpo.slurm"
+MOUNTS = ("unshare", "-rm", "bash", "-c")  # a shell with a view of the file systems of its own
 
 
 @pytest.fixture
-def site(tmp_path):
+def site(course):
     """A copy of the repository."""
-    return copy_of_the_course(tmp_path / "course").parents[3]
+    return course.parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -35,31 +30,21 @@ def inputs(demo):
     return squad | {"MODEL_NAME": str(demo / "model")}
 
 
-def environment(**variables):
-    return {name: value for name, value in os.environ.items() if not name.startswith(OURS)} | variables
-
-
-def run(site, command, environ):
-    """(exit status, lines) of a command in the copy; `pytest -rA` shows them, and stderr."""
-    done = subprocess.run(command, cwd=site, env=environ, text=True, check=False, capture_output=True,
-                          timeout=120, start_new_session=True)  # fmt: skip
+def check(site, *arguments, command=(), **variables):
+    """(exit status, lines) of the whole of it, as a user calls it; `pytest -rA` shows them, and stderr."""
+    ours = ("SLURM_", "SBATCH_", "HF_", "NODE_ADDRESS")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(ours)} | variables
+    done = subprocess.run(command or ["bash", "scripts/check_site.sh", *arguments], cwd=site, env=environ, text=True,
+                          check=False, capture_output=True, timeout=120, start_new_session=True)  # fmt: skip
     print(done.stdout, done.stderr)
     return done.returncode, done.stdout.splitlines()
 
 
-def check(site, *arguments, **variables):
-    """The whole of it, as a user calls it."""
-    return run(site, ["bash", site / "scripts/check_site.sh", *arguments], environment(**variables))
-
-
-def one_check(site, commands, shell=("bash", "-c"), **variables):
-    """What the functions of check_site.sh say."""
-    text = f'source scripts/check_site.sh; RUN_DIR=$PWD/runs; mkdir -p "$RUN_DIR"; {commands}; end_owned'
-    return run(site, [*shell, text], environment(**variables))[1]
-
-
-def exercise(site):
-    return site / EXERCISE.relative_to(REPO)
+def one_check(site, before, command, **variables):
+    """What a function of check_site.sh says, after some commands."""
+    text = f'source scripts/check_site.sh; RUN_DIR=$PWD/runs; mkdir "$RUN_DIR"; {before or ":"}; {command}; end_owned'
+    shell = MOUNTS if "mount" in before else ("bash", "-c")
+    return "\n".join(check(site, command=[*shell, text], **variables)[1])
 
 
 def edit(path, old, new):
@@ -68,43 +53,27 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new, 1))
 
 
-def edit_block(script, line):
-    """Adds a line to the EDIT block of a .slurm file."""
-    edit(script, EDIT, f"{EDIT}\n{line}\n#")
-
-
-def quick(site):
-    """Leaves out what takes seconds of imports on each node; the test where all is well has it."""
-    script = site / "scripts/check_site.sh"
-    text, found = re.subn(r"^ +check_(inputs|gpus)\n", ":\n", script.read_text(), flags=re.MULTILINE)
-    assert found >= 4
+def quick(site, at_first=""):
+    """Leaves out what takes seconds of imports on each node, and puts lines at the beginning of the site's file."""
+    script, file = site / "scripts/check_site.sh", site / "experiments/site.sh"
+    text, found = re.subn(r"^ .*\bcheck_(inputs|gpus)\n", ":\n", script.read_text(), flags=re.MULTILINE)
+    assert found == 3
     script.write_text(text)
-
-
-def tools_without(folder, *names):
-    """A folder of links to all commands on the PATH but these."""
-    folder.mkdir()
-    for path in reversed(os.environ["PATH"].split(":") + ["/usr/sbin"]):
-        for tool in Path(path).glob("*"):
-            if tool.name not in names and not tool.name.startswith("python" if "python" in names else "\0"):
-                (folder / tool.name).unlink(missing_ok=True)
-                (folder / tool.name).symlink_to(tool)
-    return str(folder)
+    file.write_text(f"{at_first}\n{file.read_text()}")
 
 
 def nothing_left(site, cluster_environ):
-    command = ["squeue", "--noheader", "--format=%j"]
-    jobs = subprocess.run(command, env=cluster_environ, text=True, capture_output=True, check=True).stdout
-    return "check_site" not in jobs and not (exercise(site) / "runs").exists()
+    jobs = subprocess.check_output(["squeue", "--noheader", "--format=%j"], env=cluster_environ, text=True)
+    return "check_site" not in jobs and not (site / ASHA / "runs").exists()
 
 
 # ---- All is well -------------------------------------------------------------------------------------------
-EVERYWHERE = ("packages: as in requirements.txt", r"inputs: .*8 \+ 4 questions")
+EVERYWHERE = ("packages: those of requirements.txt", r"inputs: .*/squad can be loaded")
 ON_NODES = (*EVERYWHERE, "address: ", "disk: .*runs", "disk: /tmp ", "/dev/shm", "open files", "socket path")
 ALL_IS_WELL = {
     "login": (*EVERYWHERE, "Slurm: slurm", f"{HEAD}: Slurm takes it", f"{WORKER}: Slurm takes it",
-              "bloom_hpo_manual.slurm: Slurm takes it", "shared folder: from here to the head node",
-              "shared folder: from here to the worker node"),
+              "bloom_hpo_manual.slurm: Slurm takes it", "save_best.slurm: Slurm takes it",
+              "shared folder: from here to the head node", "shared folder: from here to the worker node"),
     "head": (*ON_NODES, "jobs can be submitted", r"head -> worker: connected to 127.0.0.1 port \d+"),
     "worker1": (*ON_NODES, r"worker -> head: connected to 127.0.0.1 port \d+", "GPUs: PyTorch",
                 r"capacity: 4 trial\(s\)", r"processes: .* 4 trial\(s\) at once need 1700"),
@@ -124,246 +93,147 @@ def test_on_a_cluster_where_all_is_well(site, slurm, inputs):
 
 def test_without_slurm_it_says_so_and_checks_this_machine(site, tmp_path):
     quick(site)
-    status, lines = check(site, PATH=tools_without(tmp_path / "bin", *SLURM_TOOLS))
+    (tmp_path / "bin").mkdir()
+    for tool in Path("/usr/bin").iterdir():
+        if tool.name not in ("sbatch", "squeue", "scontrol", "scancel", "sinfo"):
+            (tmp_path / "bin" / tool.name).symlink_to(tool)
+    status, lines = check(site, PATH=str(tmp_path / "bin"))
     assert status == 0
     assert lines[0].startswith("warning  login     Slurm: no sbatch here, so this machine alone is checked")
     said = re.compile("(?:ok|warning) +login +(packages|disk|/dev/shm|processes|open files|socket path)")
     found = [said.match(line)[1] for line in lines[1:-1]]
     assert found == ["packages", "disk", "disk", "/dev/shm", "processes", "open files", "socket path"]
-    assert not (exercise(site) / "runs").exists()
+    assert not (site / ASHA / "runs").exists()
+    (site / ASHA / "runs").write_text("a file")
+    status, lines = check(site, PATH=str(tmp_path / "bin"))
+    assert (status, lines[-1]) == (1, "0 ok, 1 warning, 1 FAILED")
+    assert re.match("FAILED +login +run folder: mkdir: cannot create directory .*fix: ", lines[1])
+    for arguments in (["--wait", "0"], ["--wait", "ten"], ["now"], ["--wait", "5", "6"]):  # wrong usage
+        assert check(site, *arguments) == (2, [])
 
 
-# ---- Each check can fail: on one machine -------------------------------------------------------------------
+# ---- Each check can fail -----------------------------------------------------------------------------------
 MOUNT = "mount -t tmpfs -o size={},nr_inodes={} none {}"
-RUNS = '"$RUN_DIR"'
-FAILED = r"FAILED +\w+ +"
+FAILED, WARNING = r"FAILED +\w+ +", r"warning +\w+ +"
+RAY_LOG = r'RAY_LOG=$RUN_DIR/log; printf "Traceback\nValueError: the cause\nRemaining will be killed.\n" >"$RAY_LOG"'
+RAY_STARTED = f"{RAY_LOG}; true & RAY=$!; wait; (ray_started) 2>&1"  # it has ended early
 STATES = [  # check, what is done before it, what it must say
-    ("check_packages", "sed -i s/^torch==.*/torch==1.0/ requirements.txt",
-     FAILED + "packages: torch 2.* instead of ==1.0, in .*fix: "),
-    ("check_packages", "echo no-such-package==2 >>requirements.txt",
-     FAILED + "packages: no-such-package missing instead of ==2"),
-    ("check_inputs", "export SQUAD_DATA=$PWD",
-     FAILED + "inputs: SQUAD_DATA='.*train-v1.1.json"),
-    ("check_inputs", "export LR_LOWER=1 NUM_EPOCHS=x",
-     FAILED + f"inputs: NUM_EPOCHS='x': .*{FAILED}inputs: LR_LOWER="),
-    ('check_disk "$RUN_DIR" 100', MOUNT.format("20m", 0, RUNS),
+    ("check_packages", "sed -i s/^torch==.*/torch==1.0/ requirements.txt", FAILED + ".*torch 2.* instead of ==1.0; "),
+    ("check_packages", "echo no-such-one==2 >>requirements.txt", FAILED + ".*no-such-one missing instead of ==2; "),
+    ("check_packages", "export PYTHONPATH=/none", WARNING + ".*PYTHONPATH has /none, .*fix: unset PYTHONPATH"),
+    ("check_packages", "rm .venv; PATH=/none", FAILED + r"Python: no python found; run: bash \S+scripts/setup_env.sh"),
+    ("check_inputs", "export SQUAD_DATA=$PWD", FAILED + "inputs: SQUAD_DATA='"),
+    ("check_inputs", "export LR_LOWER=1 NUM_EPOCHS=x", FAILED + f"inputs: NUM_EPOCHS='x': .*{FAILED}inputs: LR_LOWER="),
+    ('check_disk "$RUN_DIR" 100', MOUNT.format("20m", 0, '"$RUN_DIR"'),
      FAILED + "disk: .*/runs has 20 MB free, a run needs 100; fix: "),
-    ('check_disk "$RUN_DIR" 100', MOUNT.format("200m", 1, RUNS),
+    ('check_disk "$RUN_DIR" 100', MOUNT.format("200m", 1, '"$RUN_DIR"'),
      FAILED + "disk: 50 MB cannot be written to .*/runs: dd.* No space left on device; fix: see your quota"),
-    ('timeout() { :; }; check_disk "$RUN_DIR" 1',  # as if its 50 MB could be written
-     MOUNT.format("100m", 0, RUNS) + '; fallocate -l 97M "$RUN_DIR/old"',
-     r"warning +\w+ +disk: .* is 9\d % full"),
-    ("check_shm", MOUNT.format("64m", 0, "/dev/shm"),
-     r"warning +\w+ +/dev/shm has 64 MB free, Ray wants 500 .*fix: "),
+    ("check_shm", MOUNT.format("64m", 0, "/dev/shm"), WARNING + r"/dev/shm has 64 MB free, Ray wants 500 .*fix: "),
     ("check_limits", "ulimit -u 400",
-     FAILED + r"processes: -?\d+ more may be started, 1 trial\(s\) at once need 800 .*fix: ulimit -u \(now 400\)"),
-    ("check_limits", "ulimit -n 256",
-     FAILED + "open files: ulimit -n 256, a run needs 1024; fix: ulimit -n 1024 before sbatch"),
-    ("prepare_ray; check_socket", "mkdir -p $PWD/private/tmp-of-the-user-on-this-node; RAY_AT=$_; ray_tmp",
-     FAILED + "socket path: OSError: AF_UNIX path too long: .* of at most 107 characters; fix: "),
-    ("check_socket", "touch a-file; RAY_TMP=$PWD/a-file",
-     FAILED + "socket path: mkdir: cannot create directory"),
-    ("check_gpus", 'export PYTHONPATH="$PWD/stub"',
-     FAILED + "GPUs: PyTorch does not run on this node: .*no kernel image.*sm_75 sm_80 on V100 sm_70"),
+     FAILED + r"processes: -?\d+ more may be started, 1 trial\(s\) at once need 800.*fix: ulimit -u \(now 400\)"),
+    ("check_limits", "ulimit -n 256", FAILED + "open files: ulimit -n 256, a run needs 1024; fix: ulimit -n 1024"),
+    ("prepare_ray; check_socket", "mkdir -p private/tmp-of-the-user-on-this-node; RAY_AT=$PWD/$_",
+     FAILED + "socket path: .* of at most 107 characters, OSError: AF_UNIX path too long; fix: "),
     ("check_gpus", "export SLURM_JOB_ID=1 ON_SLURM=yes SLURM_CPUS_ON_NODE=20 CPUS_PER_WORKER=16",
-     FAILED + r"capacity: ERROR: one trial \(.*does not fit on a node with 20 CPUs"),
+     FAILED + r"capacity: 0 trial.*ERROR: one trial \(.*does not fit on a node with 20 CPUs"),
     ("check_address", "export NODE_ADDRESS=203.0.113.7",
-     FAILED + "address: 203.0.113.7: OSError: .* Cannot assign requested address .*fix: NODE_ADDRESS"),
-    ("check_address", "export NODE_ADDRESS=no-such-node.invalid",
-     FAILED + "address: no-such-node.invalid: OSError: .*(not known|[Tt]emporary failure)"),
-    ("ROLE=head; check_reach worker", 'mkdir -p "$RUN_DIR"; echo 127.0.0.1 1 >"$RUN_DIR/port-worker"',
+     FAILED + "address: .* 203.0.113.7, .*OSError: .* Cannot assign requested address .*fix: NODE_ADDRESS"),
+    ("ROLE=head; check_reach worker", 'echo 127.0.0.1 1 >"$RUN_DIR/port-worker"',
      FAILED + "head -> worker: 127.0.0.1 port 1: Connection refused; fix: ask your site to open all ports"),
-    ("ROLE=head; check_reach worker", 'touch "$RUN_DIR/done-worker"',
-     FAILED + "head -> worker: the worker offers no port"),
-    ("submit worker", f"sed -i '/^# ==== end of EDIT/d' experiments/raytune/scheduler/asha/{WORKER}",
-     f"{WORKER} has lost the line .==== end of EDIT. that ends its EDIT block"),
+    ("ROLE=head; check_reach worker", 'touch "$RUN_DIR/done-worker"', FAILED + ".*the worker offers no port"),
+    (RAY_STARTED, "NODE_ADDRESS=203.0.113.7",
+     r"^ERROR: Ray ended at its start, with the address 203.0.113.7, not one of this node \(.*\): set NODE_ADDRESS in"),
+    (RAY_STARTED, "ulimit -u 250",
+     r"^ERROR: Ray ended at its start, and only -?\d+ more processes may be started here \(ulimit -u 250, or .*\)"),
+    ("echo $(seconds 04:00:09) $(seconds 1-12:30:00)", "", "^14409 131400$"),
 ]  # fmt: skip
-TORCH = """
-__version__ = "2.13.0+cu130"
-def ones(*_, **__): raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
-class cuda:
-    device_count = lambda: 1
-    get_device_name = lambda i: "V100"
-    get_device_capability = lambda i: (7, 0)
-    get_arch_list = lambda: ["sm_75", "sm_80"]
-"""
 
 
 @pytest.mark.parametrize("command, before, said", STATES, ids=lambda text: text[:50])
 def test_a_check_fails(site, inputs, command, before, said):
-    (site / "stub").mkdir()
-    (site / "stub/torch.py").write_text(TORCH)
-    if "ray_tmp" in before:  # a site whose jobs have a /tmp of their own
+    if "RAY_AT" in before:  # a site whose jobs have a /tmp of their own
         edit(site / "scripts/job/ray_job.sh", '"/tmp/ray_', '"$RAY_AT/ray_')
-        before = before.replace("; ray_tmp", "")
-    if command == "check_gpus":  # a driver is there
-        edit(site / "scripts/job/this_node.py", "/dev/nvidiactl", "/dev/null")
-    choose = "choose_python; " if command != "check_packages" else ""
-    shell = MOUNTS if "mount" in before else ("bash", "-c")
-    lines = one_check(site, f"{choose}{before}; {command}", shell, **inputs)
-    assert re.search(said, "\n".join(lines), re.DOTALL)
+    if command != "check_packages":
+        before = f"choose_python; {before or ':'}"
+    assert re.search(said, one_check(site, before, command, **inputs), re.DOTALL)
 
 
-def test_no_python(site, tmp_path):
-    (site / ".venv").unlink()
-    (line,) = one_check(site, "check_packages", PATH=tools_without(tmp_path / "bin", "python"))
-    assert re.fullmatch(
-        r"FAILED   login     Python: no python found; run: bash \S+scripts/setup_env.sh", line
-    )
+NODES = "scontrol update PartitionName=batch"
+JOB_FILE = f"FAILED +login +{HEAD}: "
+ON_SLURM = [  # check, what is done before it, what it must say
+    ("check_slurm", 'SLURM_CONF=/none; timeout() { command timeout 1 "${@:2}"; }',
+     FAILED + "Slurm: no answer to squeue --me: squeue: .*fix: "),
+    ("check_slurm", "EXPORT=NONE", WARNING + "Slurm: .*SBATCH_EXPORT=NONE.*fix: unset SBATCH_EXPORT"),
+    ("check_slurm", 'sed -i s/v100/h100/ "$SITE"', FAILED + ".*site.sh.*; fix: bash experiments/site.sh"),
+    ("check_slurm", "mkdir bin; ln -s $(type -P squeue scancel sinfo sed xargs echo) bin; PATH=$PWD/bin",
+     FAILED + "Slurm: not on the PATH: sbatch scontrol; fix: module load slurm"),
+    ('check_job_file "$HEAD"', 'sed -i "/nodes=1/a #SBATCH --constraint=h100" "$HEAD"',
+     JOB_FILE + "Slurm refuses it: .*Invalid feature specification; fix: the constraint .*; there are: .*v100"),
+    ('check_job_file "$HEAD"', 'sed -i "/nodes=1/a #SBATCH --partition=gpu" "$HEAD"',
+     JOB_FILE + "Slurm refuses it: .*Invalid partition name specified; fix: the partition .*, one of: batch"),
+    ('check_job_file "$HEAD"', 'sed -i "/nodes=1/a #SBATCH --gpus-per-node=16" "$HEAD"',
+     JOB_FILE + "Slurm refuses it: .*configuration is not available; fix: lower the GPUs or CPUs; .*gpu:v100:8"),
+    ('check_job_file "$HEAD"', 'sed -i s/--time/--tyme/ "$HEAD"', JOB_FILE + ".*unrecognized option '--tyme=04:00:00'"),
+    ('check_job_file "$HEAD"', 'rm -r "$EXERCISE/logs"',
+     JOB_FILE + "its log folder .*/logs is missing or read-only; fix: mkdir -p /"),
+    (f'check_job_file "$HEAD"; {NODES} MaxTime=INFINITE', f"{NODES} MaxTime=1:00:00; export SBATCH_TIMELIMIT=2:00:00",
+     JOB_FILE + "its time limit 02:00:00 is above that of partition batch.* or the variable SBATCH_TIMELIMIT"),
+    (f'check_job_file "$HEAD"; {NODES} AllocNodes=ALL', f"{NODES} AllocNodes=elsewhere",
+     JOB_FILE + "Slurm refuses it: .*Access/permission denied; fix: submit from a login node"),
+]  # fmt: skip
 
 
-def test_a_run_folder_that_cannot_be_made_ends_with_status_1(site, tmp_path):
-    (exercise(site) / "runs").write_text("a file")
-    status, lines = check(site, PATH=tools_without(tmp_path / "bin", *SLURM_TOOLS))
-    assert status == 1 and lines[-1] == "0 ok, 1 warning, 1 FAILED"
-    assert re.match("FAILED +login +run folder: mkdir: cannot create directory .*fix: ", lines[1])
+@pytest.mark.parametrize("command, before, said", ON_SLURM, ids=lambda text: text[:50])
+def test_a_check_of_slurm_fails(site, slurm, command, before, said):
+    assert re.search(said, one_check(site, before, command, **slurm), re.DOTALL)
 
 
-@pytest.mark.parametrize("before, said", [
-    ("true", ": ValueError: the cause "),
-    ("NODE_ADDRESS=203.0.113.7",
-     r", with the address 203.0.113.7, not one of this node \(.*\): set NODE_ADDRESS in the EDIT"),
-    ("ulimit -u 250", r", and only -?\d+ more processes may be started here \(ulimit -u 250, or .*\): raise it before"),
-])  # fmt: skip
-def test_a_ray_that_ends_early_is_told_with_what_it_does_not_say_itself(site, before, said):
-    words = "Traceback\nValueError: the cause\nRemaining processes will be killed.\n"
-    log = f'RAY_LOG=$RUN_DIR/log; printf "{words}" >"$RAY_LOG"; true & RAY=$!; wait'
-    (line,) = one_check(site, f"choose_python; {log}; ({before}; ray_started) 2>&1")
-    assert re.match(f"ERROR: Ray ended at its start{said}", line)
-
-
-def test_wrong_usage(site):
-    for arguments in (["--wait"], ["--wait", "0"], ["--wait", "ten"], ["now"], ["--wait", "5", "6"]):
-        assert check(site, *arguments) == (2, [])
-
-
-# ---- Each check can fail: Slurm ----------------------------------------------------------------------------
-def test_a_missing_command(site, slurm, tmp_path):
-    path = tools_without(tmp_path / "bin", "sbatch", "scontrol")
-    (line,) = one_check(site, "check_slurm", **slurm | {"PATH": path})
-    assert line.startswith(
-        "FAILED   login     Slurm: not on the PATH: sbatch scontrol; fix: module load slurm"
-    )
-
-
-def test_variables_that_would_not_arrive(site, slurm):
-    _, line = one_check(site, "check_slurm", **slurm | {"SBATCH_EXPORT": "NONE"})
-    assert re.match("warning +login +Slurm: SBATCH_EXPORT=NONE, so variables .* do not reach the job; fix: ", line)
-
-
-def test_a_slurm_that_does_not_answer(site, slurm, tmp_path):
-    edit(site / "scripts/check_site.sh", "! said=$(timeout 30 squeue", "! said=$(timeout 1 squeue")
-    (line,) = one_check(site, "check_slurm", **slurm | {"SLURM_CONF": str(tmp_path / "none")})
-    assert re.match("FAILED .* Slurm: no answer to squeue --me within 30 s: squeue: .*fix: ", line)
-
-
-@pytest.mark.parametrize("old, new, said", [  # what is changed in the worker script, and what must be said
-    ("constraint=v100", "constraint=h100",
-     "Invalid feature specification; fix: change or delete the --constraint; there are: .*v100"),
-    ("##SBATCH --partition=batch", "#SBATCH --partition=gpu",
-     "Invalid partition name specified; fix: #SBATCH --partition=, one of: batch"),
-    ("gpus-per-node=8", "gpus-per-node=16",
-     "node configuration is not available; fix: lower the GPUs or CPUs; .*gpu:v100:8"),
-    ("--time=04", "--tyme=04", "unrecognized option '--tyme=04:00:00'"),
-])  # fmt: skip
-def test_a_job_file_that_slurm_refuses(site, slurm, old, new, said):
-    edit(exercise(site) / WORKER, old, new)
-    (line,) = one_check(site, 'check_job_file "$WORKER"', **slurm)
-    assert re.match(f"FAILED +login +{WORKER}: Slurm refuses it: .*{said}", line)
-
-
-def test_a_missing_log_folder(site, slurm):
-    shutil.rmtree(exercise(site) / "logs")
-    line, *_ = one_check(site, 'check_job_file "$HEAD"', **slurm)
-    said = "its log folder .*/logs is missing or read-only; fix: mkdir -p /"
-    assert re.match(f"FAILED +login +{HEAD}: {said}", line)
-
-
-@pytest.mark.parametrize("setting, back, variables, said", [
-    ("MaxTime=1:00:00", "MaxTime=INFINITE", {"SBATCH_TIMELIMIT": "2:00:00"},
-     "its time limit is 02:00:00 by the variable SBATCH_TIMELIMIT, which .*; fix: .* and unset SBATCH_TIMELIMIT"),
-    ("MaxTime=1:00:00", "MaxTime=INFINITE", {},
-     "its time limit is 04:00:00, above that of partition batch, 01:00:00; fix: #SBATCH --time=01:00:00"),
-    ("AllocNodes=elsewhere", "AllocNodes=ALL", {},
-     "Slurm refuses it: .*Access/permission denied; fix: submit from a login node"),
-])  # fmt: skip
-def test_a_partition_that_does_not_suit(site, slurm, setting, back, variables, said):
-    update = ["scontrol", "update", "PartitionName=batch"]
-    subprocess.run([*update, setting], env=slurm, check=True)
-    try:
-        lines = one_check(site, 'check_job_file "$HEAD"', **slurm | variables)
-    finally:
-        subprocess.run([*update, back], env=slurm, check=True)
-    assert re.match(f"FAILED +login +{HEAD}: {said}", lines[0])
-
-
-def test_times_as_slurm_writes_them(site):
-    days = {"2-0": 172800, "1-12:30": 131400, "1-00:00:09": 86409}
-    times = {"90": 5400, "10:30": 630, "04:00:00": 14400} | days
-    told = one_check(site, "; ".join(f"seconds {asked}" for asked in times))
-    assert told == [str(seconds) for seconds in times.values()]
-
-
-# ---- Each check can fail: between the nodes ----------------------------------------------------------------
+# ---- The two jobs can fail ---------------------------------------------------------------------------------
 def test_nodes_that_cannot_reach_each_other_nor_submit_and_a_missing_module(site, slurm, tmp_path):
-    quick(site)
-    bare = tools_without(tmp_path / "bin", "sbatch")
-    edit_block(exercise(site) / HEAD, f"[[ -z ${{SLURM_JOB_ID:-}} ]] || PATH={bare}\nmodule load cuda")
-    namespace = '[[ -n ${CLOSED:-} ]] || CLOSED=yes exec unshare -rn bash "$0"'
-    network = "PATH=$PATH:/usr/sbin; ip link set lo up; NODE_ADDRESS=127.0.0.1"
-    edit_block(exercise(site) / WORKER, f"{namespace}\n{network}")
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho not here\nexit 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    quick(site, f"""case ${{SLURMD_NODENAME:-}} in
+head) PATH={tmp_path}:$PATH; module load cuda ;;
+worker*) [[ -n ${{CLOSED:-}} ]] || CLOSED=yes exec unshare -rn bash "$0"   # a network of its own
+         PATH=$PATH:/usr/sbin; ip link set lo up; NODE_ADDRESS=127.0.0.1 ;;
+esac""")
     edit(site / "scripts/check_site.sh", "LATE=10 ", "LATE=0 ")
     status, lines = check(site, **slurm)
     assert status == 1 and lines[-1].endswith(" 3 FAILED")
     for said in (
-        r"FAILED +head +jobs cannot be submitted from this node, .*fix: sbatch on the PATH in the EDIT",
+        r"FAILED +head +jobs cannot be submitted from this node: not here; fix: sbatch on PATH in experiments/site.sh",
         r"FAILED +head +head -> worker: 127.0.0.1 port \d+: Connection refused; fix: ",
         r"FAILED +worker\d +worker -> head: 127.0.0.1 port \d+: Connection refused; fix: ",
         r"warning +login +shared folder: from here to the worker node and back a file takes \d+ s",
-        r"warning +login +head node: its EDIT block says: .*module: command not found; fix: the EDIT block",
+        r"warning +head +experiments/site.sh: .*module: command not found; fix: ",
     ):
         assert len([line for line in lines if re.match(said, line)]) == 1, said
     assert nothing_left(site, slurm)
 
 
-def test_a_folder_that_the_nodes_do_not_see(site, slurm):
-    quick(site)
-    (exercise(site) / "runs").mkdir()
-    command = f"mount -t tmpfs none {exercise(site)}/runs && exec bash scripts/check_site.sh"
-    status, lines = run(site, [*MOUNTS, command], slurm)
-    assert status == 1 and lines[-1].endswith(" 1 FAILED")
-    said = r"FAILED +login +shared folder: no file of job \d+, the head node \(ended\), arrives in .*fix: "
-    assert any(re.match(said, line) for line in lines)
+LATER, CHECK = 'sed -i "/nodes=1/a #SBATCH --begin=now+1hour" {}; ', "bash scripts/check_site.sh --wait 1"
+ENDS = '[[ -z ${SLURM_JOB_ID:-} ]] || { echo "no such module"; exit 1; }'
 
 
-def test_an_edit_block_that_ends_the_job_is_quoted(site, slurm):
-    quick(site)
-    ends = '[[ -z ${SLURM_JOB_ID:-} ]] || { echo "no such module"; exit 1; }'
-    edit_block(exercise(site) / HEAD, ends)
-    status, lines = check(site, **slurm)
-    said = "FAILED +login +head node: its job ended early: no such module; fix: the EDIT block"
-    assert status == 1 and re.match(said, lines[-2])
-    assert nothing_left(site, slurm)
-
-
-def test_a_job_that_does_not_start_in_time(site, slurm):
-    quick(site)
-    edit(exercise(site) / HEAD, *LATER)
-    edit(site / "scripts/check_site.sh", "patiently $((WAIT * 60)) ", "patiently 1 ")
-    status, lines = check(site, "--wait", "1", **slurm)
-    said = r"FAILED +login +head node: job \d+ has waited 1 minutes in the queue \(PENDING BeginTime"
-    assert status == 1 and re.match(said, lines[-2])
+@pytest.mark.parametrize("at_first, command, said", [
+    (ENDS, CHECK, "head node: its job ended early: no such module; fix: experiments/site.sh"),
+    ("", f"mkdir {ASHA}/runs && mount -t tmpfs none {ASHA}/runs && {CHECK}; umount {ASHA}/runs; rmdir {ASHA}/runs",
+     r"shared folder: nothing of the head node \(ended\) arrives in .*fix: "),
+    ("", LATER.format(f"{ASHA}/{HEAD}") + CHECK, r"head node: its job has waited 1 minutes .*PENDING Begin"),
+])  # fmt: skip
+def test_a_job_that_does_not_start(site, slurm, at_first, command, said):
+    quick(site, at_first)
+    edit(site / "scripts/check_site.sh", "patiently $((WAIT * 60)) ", "patiently 5 ")
+    _, lines = check(site, command=[*MOUNTS, command], **slurm)
+    assert lines[-1].endswith(" 1 FAILED") and any(re.match(f"FAILED +login +{said}", line) for line in lines)
     assert nothing_left(site, slurm)
 
 
 def test_interrupted_it_ends_its_jobs_and_removes_its_files(site, slurm, tmp_path):
     quick(site)
-    edit(exercise(site) / WORKER, *LATER)
-    command, said = ["bash", site / "scripts/check_site.sh"], tmp_path / "stderr"
+    command, said = LATER.format(f"{ASHA}/{WORKER}") + "exec bash scripts/check_site.sh", tmp_path / "stderr"
     with said.open("w") as stderr:
-        process = subprocess.Popen(
-            command, env=environment(**slurm), stdout=subprocess.DEVNULL, stderr=stderr
-        )
+        process = subprocess.Popen(["bash", "-c", command], cwd=site, env=slurm, stderr=stderr)
     wait_for(lambda: "the worker node" in said.read_text(), 60, "both jobs")
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
