@@ -1,6 +1,6 @@
 """What a search is going to cost, told before it starts."""
 
-import json
+import os
 import random
 import re
 import statistics
@@ -9,6 +9,7 @@ import forecast
 import pytest
 from conftest import call
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
+from test_fill_tables import keep, started, trial
 
 
 @pytest.fixture
@@ -96,15 +97,17 @@ def test_a_wrong_variable_is_one_line(monkeypatch):
 
 
 def test_without_the_variable_the_newest_fitting_run_tells(search, monkeypatch, tmp_path):
-    monkeypatch.setattr(forecast, "RUNS", tmp_path)
-    s, find = search(), lambda: forecast.minutes_per_epoch(s, tmp_path)
+    s, runs = search(), tmp_path / "runs"
     monkeypatch.delenv("MINUTES_PER_EPOCH", raising=False)
-    assert find() == (None, "no earlier run has this model and data; to know, set MINUTES_PER_EPOCH")
+    assert forecast.minutes_per_epoch(s, runs) == (
+        None, "no earlier run has this model and data; to know, set MINUTES_PER_EPOCH")
     settings = {name: str(getattr(s, name)) for name in forecast.SAME}
-    trials = [{"runtime_s": 300, "epochs": 5}, {"runtime_s": 60, "epochs": 1}, {"runtime_s": None, "epochs": 0}]
-    run = lambda job, settings, trials: json.dumps([{"job": job, "settings": settings, "trials": trials}])
-    texts = {"1": run("1", settings, trials), "2": run("2", settings | {"MODEL_NAME": "x"}, trials), "3": "{half"}
-    for name, text in (texts | {"4": "[]", "5": run("5", settings, [])}).items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "run.json").write_text(text)
-    assert find() == (1.0, "run 1")
+    trials = [trial(0, *[2.0] * 5, each=60), trial(1, 3.0, each=60), trial(2, 2.0, ended=False), trial(3, error="x")]
+    keep(tmp_path, started(**settings), *trials, job="1")
+    keep(tmp_path, started(**settings | {"MODEL_NAME": "x"}), trial(0, 2.0), job="2")
+    keep(tmp_path, started(**settings), ["{half"], job="3")
+    keep(tmp_path, job="4")
+    assert forecast.minutes_per_epoch(s, runs) == (1.0, "run 1")
+    keep(tmp_path, started(**settings), trial(0, 2.0, each=120), job="5")
+    os.utime(runs / "1/events.jsonl", (1, 1))
+    assert forecast.minutes_per_epoch(s, runs) == (2.0, "run 5")

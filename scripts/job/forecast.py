@@ -14,7 +14,6 @@ each trial gets a random one, and keeps it; an epoch takes 0.8 to 1.2 times the 
 import argparse
 import heapq
 import itertools
-import json
 import math
 import os
 import random
@@ -23,7 +22,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import rooms  # noqa: F401  # isort: skip
+
 import check_inputs
+import read_run
 
 lesson = check_inputs.lesson
 RUNS = Path(__file__).resolve().parents[2] / "experiments/raytune/scheduler/asha/runs"
@@ -101,15 +103,12 @@ def minutes_per_epoch(s, runs=RUNS):
         except ValueError:
             pass
         return None, f"MINUTES_PER_EPOCH={text!r} is not a number above 0"
-    for path in sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            (run,) = json.loads(path.read_text())
-            if any(run["settings"].get(name) != str(getattr(s, name)) for name in SAME):
-                continue
-            known = [trial for trial in run["trials"] if trial["runtime_s"] and trial["epochs"]]
-            return sum(t["runtime_s"] for t in known) / sum(t["epochs"] for t in known) / 60, f"run {run['job']}"
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
-            continue  # not such a file, or a run without epochs
+    for path in sorted(runs.glob("*/events.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True):
+        run = read_run.as_run(path.parent, read_run.events_of(path.parent))
+        known = [trial for trial in run.trials.values() if trial.runtime and trial.epochs]
+        if known and all(run.settings.get(name) == str(getattr(s, name)) for name in SAME):
+            seconds = sum(trial.runtime for trial in known) / sum(trial.epochs for trial in known)
+            return seconds / 60, f"run {path.parent.name}"
     return None, "no earlier run has this model and data; to know, set MINUTES_PER_EPOCH"
 
 

@@ -6,7 +6,7 @@ Used by fill_tables.py, for --compare and for the costs of a single run. Only th
 import itertools
 import math
 
-from read_run import show, trials_at_once
+from read_run import show
 
 SAME_TO_COMPARE = ("MODEL_NAME", "SQUAD_DATA", "TRAIN_SAMPLES", "EVAL_SAMPLES", "NUM_EPOCHS", "SEED",
                    "WORKERS_PER_TRIAL", "CHAT_TEMPLATE")
@@ -22,27 +22,33 @@ def title(run):
     return f"{'manual grid' if run.manual else f'Ray Tune {run.scheduler}'} {run.job}"
 
 
-# ============================================================================================================
-# Costs
-# ============================================================================================================
+# ---- Costs -------------------------------------------------------------------------------------------------
 def holdings(run):
     """What a run occupies: its unit and [(from, to, units)], in s from START.
 
     The unit is a GPU or, on CPUs, a slot: a place for one trial.
     """
-    unit = "GPU" if (run.manual_gpus if run.manual else run.on_gpus) else "slot"
-    if run.manual:  # a resumed grid counts its earlier jobs' runtimes
-        runtimes = [t.seconds(run.now) or 0 for t in run.trials.values()]
-        return unit, [(0, max(run.now, sum(runtimes)), run.manual_gpus or 1)]
-    if not run.nodes:
-        each = run.number("WORKERS_PER_TRIAL", 2) * run.number("GPUS_PER_WORKER", 1) if run.on_gpus else 1
-        return unit, [(run.cluster_at, run.now, (run.slots or 0) * each)]
-    held = []
-    for joined, gpus, slots, job in run.nodes:
-        seconds = run.held.get(job, run.now - joined)
-        since = min(joined, run.now - seconds)  # Slurm's record begins earlier: with the job, not with Ray on it
-        held.append((since, since + seconds, gpus if run.on_gpus else slots))
+    workers = run.workers.values()
+    unit = "GPU" if any(worker.gpus for worker in workers) else "slot"
+    held = [(w.since, w.until, w.gpus if unit == "GPU" else w.slots) for w in workers]
+    if run.manual:  # all of its job; a resumed grid counts its earlier jobs' runtimes, too
+        held = [(0, max(run.seconds, sum_of_runtimes(run)), peak(held))]
     return unit, held
+
+
+def peak(spans):
+    """The largest sum at one time, of [(from, to, amount)]."""
+    return max((sum(n for since, until, n in spans if since <= moment < until) for moment, *_ in spans), default=0)
+
+
+def trials_at_once(run):
+    """What the nodes offered, else what ran at once."""
+    ran = [(*span, 1) for trial in run.trials.values() for span in trial.spans]
+    return peak([(w.since, w.until, w.slots) for w in run.workers.values()]) or peak(ran) or 1
+
+
+def sum_of_runtimes(run):
+    return sum(trial.clock() or 0 for trial in run.trials.values())
 
 
 def minutes(held, moment=math.inf):
@@ -53,68 +59,53 @@ def minutes(held, moment=math.inf):
 def totals(run):
     """Sums over a run as a dict; minutes of `unit` (GPU, or slot: a place for one trial, on CPUs)."""
     trials, (unit, held) = list(run.trials.values()), holdings(run)
-    runtimes = [trial.seconds(run.now) or 0 for trial in trials]
-    units = sum(units for *_, units in held)
-    each = run.number("WORKERS_PER_TRIAL", 2) * run.number("GPUS_PER_WORKER", 1) if run.on_gpus else 1
-    busy = sum(runtimes) * (units if run.manual else each) / 60
-    n = max(0 if run.manual else run.number("NUM_SAMPLES", 0), len(trials))
-    max_t = run.number("NUM_EPOCHS", max((t.epochs for t in trials), default=0))
+    each = run.number("WORKERS_PER_TRIAL", 2) * run.number("GPUS_PER_WORKER", 1) if unit == "GPU" else 1
+    on_slots = sum(until - since for trial in trials for since, until in trial.spans)
+    busy = (sum_of_runtimes(run) * peak(held) if run.manual else on_slots * each) / 60
+    n = len(trials) if run.manual else max(run.number("NUM_SAMPLES", 0), len(trials))
     return {
-        "sum_of_runtimes_s": sum(runtimes),
-        "epochs_trained": sum(trial.epochs for trial in trials), "epochs_full_grid": n * max_t,
-        "trials": n, "max_t": max_t, "unit": unit, "units": units,
+        "sum_of_runtimes_s": sum_of_runtimes(run),
+        "epochs_trained": sum(trial.epochs for trial in trials), "epochs_full_grid": n * run.max_t(),
+        "trials": n, "max_t": run.max_t(), "unit": unit, "units": peak(held),
         "allocated_min": minutes(held), "busy_min": busy, "idle_min": max(0, minutes(held) - busy),
     }
 
 
-# ============================================================================================================
-# Tables
-# ============================================================================================================
+# ---- Tables ------------------------------------------------------------------------------------------------
 def comparison(runs):
     """The cost table, and below it what makes the runs not comparable with the first one."""
     rows, below = [], []
     first, base = runs[0], totals(runs[0])
     for run in runs:
         s = totals(run)
-        known = s["units"] and not (run.manual and run.manual_gpus is None)
-        seconds = max(run.now, s["sum_of_runtimes_s"]) if run.manual else run.now
         amount, spent = f"{s['units']:g}", f"{s['allocated_min']:.1f}"
-        ratio = "1" if run is first else "-"
         if s["unit"] != "GPU":
             amount, spent = f"0 ({amount} slot(s) on CPUs)", f"{spent} slot-minutes"
-        if not known:
-            amount = spent = "-"
-        elif s["unit"] == base["unit"] and base["allocated_min"] and not (first.manual and first.manual_gpus is None):
-            ratio = ratio if run is first else f"{s['allocated_min'] / base['allocated_min']:.2f}"
+        ratio = "1" if run is first else "-"
+        if run is not first and s["unit"] == base["unit"] and base["allocated_min"]:
+            ratio = f"{s['allocated_min'] / base['allocated_min']:.2f}"
+        seconds = max(run.seconds, s["sum_of_runtimes_s"]) if run.manual else run.seconds
         rows.append([title(run), show(run.best and run.best["eval_loss"]), hms(seconds), amount, spent, ratio])
-        if run.manual and s["sum_of_runtimes_s"] > run.now > 0:
+        if run.manual and s["sum_of_runtimes_s"] > run.seconds:
             below.append(f"{run.job}: the grid was resumed; its runtime is the sum of its trials' runtimes.")
-        if run.state().startswith("partial"):
+        if run.state() != "complete":
             below.append(f"{run.job}: {run.state()}; its cost is not that of a whole run.")
     # Another seed makes another search of the same kind, which is what one may want to compare.
     same = [name for name in SAME_TO_COMPARE if first.manual or name != "SEED"]
     for run in runs[1:]:
-        if not (run.settings and first.settings):
-            below.append(f"Cannot tell whether {run.job} and {first.job} are comparable: no settings.")
-            continue
-        for name in same:
-            absent = "0" if name == "CHAT_TEMPLATE" else "not given"  # older logs do not list it
-            ours, theirs = (r.settings.get(name, absent) for r in (first, run))
-            if ours != theirs:
-                below.append(f"NOT COMPARABLE: {name} is {ours} in {first.job} and {theirs} in {run.job}.")
-        ours, theirs = (" and ".join(sorted(r.precisions)) for r in (first, run))
-        if ours and theirs and ours != theirs:
-            below.append(f"NOT COMPARABLE: the precision is {ours} in {first.job} and {theirs} in {run.job}.")
+        pairs = [(name, *(r.settings.get(name, "not given") for r in (first, run))) for name in same]
+        if first.precisions and run.precisions:
+            pairs.append(("the precision", *(" and ".join(sorted(r.precisions)) for r in (first, run))))
+        below += [f"NOT COMPARABLE: {name} is {ours} in {first.job} and {theirs} in {run.job}."
+                  for name, ours, theirs in pairs if ours != theirs]
         if totals(run)["unit"] != base["unit"]:
             below.append(f"NOT COMPARABLE: {first.job} and {run.job} did not both run on GPUs.")
         if len(run.trials) != len(first.trials):
-            n, trials = len(first.trials), len(run.trials)
             kind = "combinations" if first.manual else "trials"
-            below.append(f"{first.job} has {n} {kind}, {run.job} has {trials} trials.")
-    if not any(line.startswith(("NOT", "Cannot")) for line in below):
-        last = "workers and precision" if all(run.precisions for run in runs) else "and workers"
+            below.append(f"{first.job} has {len(first.trials)} {kind}, {run.job} has {len(run.trials)} trials.")
+    if not any(line.startswith("NOT") for line in below):
         seed = " seed," if "SEED" in same else ""
-        below.append(f"Same model, data, samples, epochs,{seed} {last}: the runs are comparable.")
+        below.append(f"Same model, data, samples, epochs,{seed} workers and precision: the runs are comparable.")
     below.append("eval loss: the lowest of all epochs. runtime: from START to FINISH. "
                  "GPU-minutes: allocated ones, idle or not.")
     ratio = "Ray/manual" if first.manual else "to the first"
@@ -126,34 +117,27 @@ def differences(runs):
     """The settings in which runs differ, one row a run. A grid does not have all settings of a search."""
     told = []
     for run in runs:
-        told.append(dict(run.settings))
-        if run.settings:
-            told[-1] |= {"trials at once": str(trials_at_once(run))}
+        told.append(run.settings | {"trials at once": str(trials_at_once(run))})
         if run.precisions:
             told[-1] |= {"precision": " and ".join(sorted(run.precisions))}
     names, differ = list(dict.fromkeys(itertools.chain(*told))), []
     for name in names:
-        if len({known.get(name, "-") for run, known in zip(runs, told)
-                if name in known or (known and not run.manual)}) > 1:
-            differ.append(name)
+        known = {each.get(name, "-") for run, each in zip(runs, told) if name in each or not run.manual}
+        differ += [name] if len(known) > 1 else []
     rows = [[title(run), *(known.get(name, "-") for name in differ)] for run, known in zip(runs, told)]
     below = [f"The other {len(names) - len(differ)} settings are the same." if differ else
              "None: with the same settings, runs differ by chance alone."]
-    below += [f"{run.job}: its settings are not known." for run in runs if not run.settings]
     return ("Settings that differ", ["run", *differ] if differ else [], rows if differ else [], below)
 
 
-# ============================================================================================================
-# Picture
-# ============================================================================================================
+# ---- Picture -----------------------------------------------------------------------------------------------
 def lowest_so_far(run):
-    """[(s from START, loss)] of each report that was lower than all before; [] if the log has no such times."""
-    trials = [t for t in run.trials.values() if t.status != "FAILED"]
-    points = [(t.moments[epoch], loss) for t in trials for loss, epoch in t.finite() if epoch in t.moments]
-    runtimes = [t.seconds(run.now) or 0 for t in trials]
-    if run.manual and (not points or sum(runtimes) > run.now):  # resumed: one after the other
-        ends = itertools.accumulate(runtimes)
-        points = [(end, t.best()) for t, end in zip(trials, ends) if t.finite()]
+    """[(s from START, loss)] of each report that was lower than all before."""
+    trials = [trial for trial in run.trials.values() if trial.status != "FAILED"]
+    points = [(report.at, report.loss) for trial in trials for report in trial.finite()]
+    runtimes = [trial.clock() or 0 for trial in trials]
+    if run.manual and sum(runtimes) > run.seconds:  # resumed: one after the other
+        points = [(end, t.best()) for t, end in zip(trials, itertools.accumulate(runtimes)) if t.finite()]
     lowest = []
     for moment, loss in sorted(points):
         if not lowest or loss < lowest[-1][1]:
@@ -162,27 +146,20 @@ def lowest_so_far(run):
 
 
 def picture(runs, path):
-    """Best loss so far against time and against cost, all runs in both panels. -> runs that it cannot show"""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
+    """Best loss so far against time and against cost, all runs in both panels."""
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from draw_report import log_axis, set_look
 
-    plt.rcdefaults()
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                         "savefig.dpi": 200, "legend.frameon": False, "figure.constrained_layout.use": True})
+    set_look()
     labels = [title(run).removeprefix("Ray Tune ") for run in runs]
     columns = 2 if max(map(len, labels)) < 28 else 1
     height = 3.2 + 0.17 * math.ceil(len(runs) / columns)
     figure, panels = plt.subplots(1, 2, sharey=True, figsize=(7, height))  # inches: the text width of A4
-    missing, losses, units = [], [], set()
+    losses, units = [], set()
     for number, run in enumerate(runs):
-        unit, held = holdings(run)
-        lowest = lowest_so_far(run)
+        (unit, held), lowest = holdings(run), lowest_so_far(run)
         if not lowest:
-            missing.append(run)
-            continue
+            continue  # its label would have no line; the table tells that it has no loss
         end = max(run.now, lowest[-1][0])
         seconds, y = zip(*lowest, (end, lowest[-1][1]))
         look = {"color": ("black", "0.45")[number % 2], "drawstyle": "steps-post", "markersize": 4.5,
@@ -190,20 +167,14 @@ def picture(runs, path):
                 "marker": "os^Dv*X"[number % 7], "fillstyle": ("full", "none")[number // 2 % 2],
                 "markevery": range(len(lowest)), "linewidth": 1.3}  # no marker at the run's end: no report
         losses += y
+        units.add(unit)
         panels[0].plot([s / 60 for s in seconds], y, **look, label=f"{labels[number]}: {y[-1]:.4g}")
-        if sum(amount for *_, amount in held):
-            units.add(unit)
-            panels[1].plot([minutes(held, s) for s in seconds], y, **look)
+        panels[1].plot([minutes(held, s) for s in seconds], y, **look)
     panels[0].set(xlabel="minutes from START", ylabel="lowest eval loss so far", xlim=0)
     of_both = "slot-minutes (on CPUs)" if units == {"slot"} else "GPU-minutes, slot-minutes if on CPUs"
     panels[1].set(xlim=0, xlabel="GPU-minutes" if units == {"GPU"} else of_both)
-    if losses and min(losses) > 0 and max(losses) > 8 * min(losses):
-        panels[0].set(yscale="log", ylabel="lowest eval loss so far, log scale")
-        panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        panels[0].yaxis.set_minor_formatter(NullFormatter())
     if losses:
+        log_axis(panels[0].yaxis, losses, "lowest eval loss so far")
         figure.legend(loc="outside upper left", ncols=columns, handlelength=4)
     figure.savefig(path)
     plt.close(figure)
-    return missing

@@ -4,25 +4,22 @@ import base64
 import html
 import math
 
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-# ============================================================================================================
-# Pictures: for paper of A4 width, at least 8 pt, told apart without colour
-# ============================================================================================================
-def best_losses(run):
-    """[(trial, lowest loss)] of the trials that have one."""
-    return [(trial, trial.best()) for trial in run.trials.values() if trial.finite()]
+
+# ---- Pictures: for paper of A4 width, at least 8 pt, told apart without colour -----------------------------
+def set_look():
+    """matplotlib without a screen, in the look of all pictures."""
+    plt.switch_backend("Agg")
+    plt.rcdefaults()
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                         "savefig.dpi": 200, "legend.frameon": False, "figure.constrained_layout.use": True})
 
 
 def pictures(run, folder):
     """Writes loss.png and slots.png; one without data says so. -> [(path, caption)]"""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcdefaults()
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                         "savefig.dpi": 200, "legend.frameon": False, "figure.constrained_layout.use": True})
+    set_look()
     captions = {
         draw_loss: "Loss against epoch, one line a trial. A cross marks the rung at which ASHA stopped it.",
         draw_slots: "Trials on slots over time. Numbers are Combo IDs; white is idle.",
@@ -35,7 +32,7 @@ def pictures(run, folder):
         else:
             figure.set_figheight(1)
             axes.set_axis_off()
-            axes.text(0.5, 0.5, "nothing to show yet: the log does not have these values", ha="center")
+            axes.text(0.5, 0.5, "nothing to show yet", ha="center")
         path = folder / f"{draw.__name__.removeprefix('draw_')}.png"
         figure.savefig(path)
         plt.close(figure)
@@ -43,39 +40,32 @@ def pictures(run, folder):
     return made
 
 
-def loss_axis(axes, losses):
-    """The loss upwards; logarithmic if the values span a factor of 8."""
-    axes.set_ylabel("Eval Loss")
-    if min(losses) > 0 and max(losses) > 8 * min(losses):
-        log_axis(axes.yaxis, "Eval Loss, log scale")
-
-
-def log_axis(axis, label):
-    """A logarithmic axis with plain numbers at 1, 2, 5, 10, ..."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
+def log_axis(axis, losses, label):
+    """The axis of losses; logarithmic, with plain numbers at 1, 2, 5, 10, ..., if they span a factor of 8."""
     axis.set_label_text(label)
-    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    if min(losses) > 0 and max(losses) > 8 * min(losses):
+        axis.set_label_text(f"{label}, log scale")
+        axis.axes.set_yscale("log")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def draw_loss(run, axes):
     """Picture (a). -> is there anything to draw?"""
-    trials = best_losses(run)
+    trials = [trial for trial in run.trials.values() if trial.finite()]
     if not trials:
         return False
-    best, few, used, ends = run.best and run.best.get("trial"), len(trials) <= 40, set(), []
+    best, few, used, ends = run.best and run.best["trial"], len(trials) <= 40, set(), []
     marks = {"finished": ("o", "ran all epochs"), "stopped by ASHA": ("X", "stopped by ASHA"),
              "diverged": ("^", "diverged"), "FAILED": ("v", "FAILED")}
-    loss_axis(axes, [loss for t, _ in trials for loss, _ in t.finite()])
-    max_t = run.number("NUM_EPOCHS", max(t.epochs for t, _ in trials))
+    log_axis(axes.yaxis, [report.loss for t in trials for report in t.finite()], "Eval Loss")
+    max_t = run.max_t()
     for rung in [2**k for k in range(20) if 2**k < max_t and not run.manual]:
         axes.axvline(rung, color="0.7", linewidth=0.8, linestyle=":",
                      label="rung of ASHA" if rung == 1 else None)
-    for t, _ in sorted(trials, key=lambda pair: pair[0] is best):
-        points = sorted((epoch, loss) for loss, epoch in t.finite())
+    for t in sorted(trials, key=lambda trial: trial is best):
+        points = sorted((report.epoch, report.loss) for report in t.finite())
         mark, label = marks.get(t.status, ("s", "running, or cut off"))
         look = {"color": "black", "linewidth": 2.4, "label": f"best: combo {t.id}"} if t is best else {
             "color": "0.55", "linewidth": 1 if few else 0.4}
@@ -114,65 +104,68 @@ def name_ends(axes, ends):
 
 
 def on_slots(run):
-    """Bars (slot, trial, start, end), and the second from which on each slot is there; times in s from START.
+    """Bars (row, trial, from, to), and places (row, from, to): a slot of a worker as long as it was there. In s.
 
-    The log does not say on which slot a trial ran: each takes the first that is free.
+    The record does not say on which slot a trial ran: each takes the first that is free.
     """
-    since = [joined for joined, _, slots, _ in run.nodes for _ in range(slots)]
-    since = since or [run.cluster_at] * int(run.slots or 0)
-    free, bars = list(since), []
-    timed = [(t.start, run.now if t.end is None else t.end, t)
-             for t in run.trials.values() if t.start is not None]
-    for start, end, trial in sorted(timed, key=lambda bar: bar[0]):
-        # the clock has whole seconds
-        slot = next((i for i, moment in enumerate(free) if moment <= start + 1.5), len(free))
-        if slot == len(free):
-            free.append(0)
-            since.append(start)
-        free[slot] = end
-        bars.append((slot, trial, start, end))
-    return bars, since
+    taken, places, bars = [], [], []  # taken: until when each row is some worker's
+    for worker in sorted(run.workers.values(), key=lambda worker: worker.since):
+        for _ in range(worker.slots):
+            row = next((row for row, until in enumerate(taken) if until <= worker.since), len(taken))
+            taken[row : row + 1] = [worker.until]
+            places.append((row, worker.since, worker.until))
+    free = [since for _, since, _ in places]
+    spans = [(*span, trial) for trial in run.trials.values() for span in trial.spans]
+    for start, end, trial in sorted(spans, key=lambda span: span[0]):
+        # half a second: a trial's start may be recorded before the end of the one whose place it takes
+        i = next((i for i, (_, _, until) in enumerate(places) if free[i] <= start + 0.5 and start < until), len(places))
+        if i == len(places):  # the record knows of no such place
+            places.append((1 + max((row for row, *_ in places), default=-1), start, end))
+            free.append(start)
+        free[i] = end
+        bars.append((places[i][0], trial, start, end))
+    return bars, places
 
 
 def draw_slots(run, axes):
     """Picture (b). -> is there anything to draw?"""
-    bars, since = on_slots(run)
+    bars, places = on_slots(run)
     if not bars:
         return False
-    best, few, used = run.best and run.best.get("trial"), len(bars) <= 60, set()
+    best, few, used = run.best and run.best["trial"], len(bars) <= 60, set()
+    rows = 1 + max(row for row, *_ in places)
     looks = {"finished": ("0.6", ""), "stopped by ASHA": ("0.88", ""),
              "diverged": ("white", "...."), "FAILED": ("white", "xxxx")}
-    axes.figure.set_figheight(min(9, 1.5 + 0.4 * len(since)))
-    for slot, moment in enumerate(since):
-        axes.barh(slot, (run.now - moment) / 60, left=moment / 60, color="white", edgecolor="0.5",
+    axes.figure.set_figheight(min(9, 1.5 + 0.4 * rows))
+    for row, since, until in places:
+        axes.barh(row, (until - since) / 60, left=since / 60, color="white", edgecolor="0.5",
                   linewidth=0.6, linestyle=":")
-    for slot, trial, start, end in bars:
+    for row, trial, start, end in bars:
         label = "best" if trial is best else trial.status if trial.status in looks else "running, or cut off"
         colour, hatch = {**looks, "best": ("0.1", "")}.get(label, ("0.75", "////"))
-        axes.barh(slot, (end - start) / 60, left=start / 60, color=colour, hatch=hatch, edgecolor="black",
+        axes.barh(row, (end - start) / 60, left=start / 60, color=colour, hatch=hatch, edgecolor="black",
                   linewidth=0.6 if few else 0.2, label=None if label in used else label)
         used.add(label)
         if few and end - start > run.now * 0.014 * len(trial.id):
-            axes.text((start + end) / 120, slot, trial.id, ha="center", va="center", fontsize=8,
+            axes.text((start + end) / 120, row, trial.id, ha="center", va="center", fontsize=8,
                       color="white" if trial is best else "black",
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 1} if hatch else None)
     axes.set_xlim(0, max(run.now, 1) / 60)
-    axes.set_ylim(len(since) - 0.4, -0.6)
-    step = 1 + len(since) // 20
-    axes.set_yticks(range(0, len(since), step), range(1, len(since) + 1, step))
+    axes.set_ylim(rows - 0.4, -0.6)
+    step = 1 + rows // 20
+    axes.set_yticks(range(0, rows, step), range(1, rows + 1, step))
     axes.set_ylabel("slot")
-    axes.set_xlabel(f"minutes from START to {'FINISH' if run.finish else 'the last line of the log'}")
+    axes.set_xlabel(f"minutes from START to {'FINISH' if run.finished else 'now'}")
     return True
 
 
-# ============================================================================================================
-# report.html
-# ============================================================================================================
+# ---- report.html -------------------------------------------------------------------------------------------
 def first_losses(run):
     """(epoch, {trial: loss}): the losses at the first epoch, which all trials have trained; diverged, the worst."""
-    reports = {t.name: min(t.reports) for t in run.trials.values() if t.reports and t.status != "FAILED"}
-    first = min((epoch for epoch, _ in reports.values()), default=1)
-    losses = {name: loss for name, (epoch, loss) in reports.items() if epoch == first or not math.isfinite(loss)}
+    trials = [trial for trial in run.trials.values() if trial.reports and trial.status != "FAILED"]
+    reports = {trial.name: trial.reports[min(trial.reports)] for trial in trials}
+    first = min((r.epoch for r in reports.values()), default=1)
+    losses = {name: r.loss for name, r in reports.items() if r.epoch == first or not math.isfinite(r.loss)}
     worst = max(filter(math.isfinite, losses.values()), default=0)
     return first, {name: loss if math.isfinite(loss) else worst for name, loss in losses.items()}
 
@@ -236,7 +229,7 @@ def page(run, tables, body):
     """report.html as text. The browser refuses any request that a page with this policy makes."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     title, top = f"Search {html.escape(run.job)}", []
-    reload = "" if run.finish or not run.start else '<meta http-equiv="refresh" content="60">'
+    reload = "" if run.finished else '<meta http-equiv="refresh" content="60">'
     for name, header, rows, below in tables:
         top += [f"<h2>{html.escape(name)}</h2>", table(header, rows) if header else ""]
         top += [f"<p>{html.escape(line)}</p>" for line in below]

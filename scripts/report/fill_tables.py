@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fills the exercise's tables from the log of a search; also draws pictures, compares runs, watches one.
+"""Fills the exercise's tables from a search; also draws pictures, compares runs, watches one.
 
     cd experiments/raytune/scheduler/asha
     python ../../../../scripts/report/fill_tables.py logs/ray_head_bloom_5epochs-12345.out
@@ -7,17 +7,13 @@
     python ../../../../scripts/report/fill_tables.py --compare --plots pictures MANUAL_LOG HEAD_LOG ...
     python ../../../../scripts/report/fill_tables.py --watch logs/ray_head_bloom_5epochs-12345.out
 
-An input is the log of a head job (running, cancelled or complete), its run folder, or the log of the manual
-grid. The log is enough; from a run folder the values have all their digits. The tables need only the standard
-library, --plots needs matplotlib and plotly, --watch needs rich. read_run.py reads the input, draw_report.py
-makes the pictures and the report, compare_runs.py sets runs side by side, watch_log.py follows a running job.
+An input is the log of a head job or of the manual grid, or a run folder. A log leads to its run folder by the job's id,
+and there to the record, events.jsonl. A log alone gives the course's tables; costs, pictures and comparison need the
+record. The tables need only the standard library, --plots matplotlib and plotly, --watch rich. A head job calls this
+with --exit-status N before its FINISH: the tables are written first, then the pictures, then the tables once more.
 
-A head job runs it before it writes its own FINISH line, with --finish-now --exit-status N. The log is read
-once. Each file is written in one step, first before the pictures are drawn and again after them, with the
-later time as the job's FINISH.
-
-Exit status: 0, or 2 if an input is not such a log or a file cannot be written. One line says which and why;
-the other inputs are still read. --watch: 130 after Ctrl-C.
+Exit status: 0, or 2 if an input cannot be used or a file cannot be written. One line says which and why; the other
+inputs are still read. --watch: 130 after Ctrl-C.
 """
 
 import argparse
@@ -33,90 +29,96 @@ import sys
 from pathlib import Path
 
 import compare_runs
-from compare_runs import hms, totals
-from read_run import TITLES, NotALog, finish_now, further_names, parse, show, trials_at_once
+from compare_runs import hms, totals, trials_at_once
+from read_log import NotALog, parse
+from read_run import DAMAGE, TITLES, further_names, show
 
 COLUMNS = ["Combo ID", *TITLES.values(), "Eval Loss", "Runtime (s)"]  # of a trial
 BEST_COLUMNS = [*(f"Best {name}" for name in (*TITLES.values(), "Eval Loss")), "Total Runtime (s)", "Epochs"]
-SCORES = ["Exact Match (%)", "F1 (%)", "Loss"]  # of ask.py --score, on questions that no trial has seen
 
 
-# ============================================================================================================
-# Tables: lists of (title, header, rows, lines below), for Markdown and HTML alike
-# ============================================================================================================
+# ---- Tables: lists of (title, header, rows, lines below), for Markdown and HTML alike ----------------------
 def sections(run):
-    """The three tables and the figures of a run."""
-    trials, extra = list(run.trials.values()), further_names([run])
-    moments = [f"{moment} {zone}".strip() if moment else "-"
-               for moment, zone in zip((run.start, run.finish), run.zones)]
-    total = hms(run.now) if run.finish else f"{hms(run.now)} so far" if run.start else "-"
-    below = [] if run.state() == "complete" else [f"{run.state()[0].upper()}{run.state()[1:]}."]
-    below += [f"Trained in {' and '.join(sorted(run.precisions))}."] if run.precisions else []
-    below += [f"Note: {note}." for note in run.notes]
-    header = ["Job Start Time", "Job Finish Time", "Total Job Time"]
-    job = ("Table 1: the job", header, [[*moments, total]], below)
+    """The three tables, what the saved model scores if there is one, the figures."""
+    further = [("Figures", [], [], figures(run)), ("Failed and diverged trials", [], [], troubles(run))]
+    return [table_of_jobs(run), table_of_trials(run), table_of_best(run), *table_of_scores(run), *further]
+
+
+def table_of_jobs(run):
+    """Table 1: a row for each job that worked on the run."""
     rows = []
-    for t in trials:
-        seconds = t.seconds(run.now)
-        clock = "" if t.runtime is not None or seconds is None else "~"
+    for job in run.jobs:
+        total = hms(job.ended - job.began)
+        if job.status is None:
+            total = f"{total} so far" if run.recorded and job is run.jobs[-1] else "-"
+        rows.append([job.start or "-", job.finish or "-", total])
+    below = [] if run.state() == "complete" else [f"{run.state()[0].upper()}{run.state()[1:]}."]
+    below += ["A row for each job: the run was continued."] if len(rows) > 1 else []
+    below += [f"Trained in {' and '.join(sorted(run.precisions))}."] if run.precisions else []
+    return ("Table 1: the job", ["Job Start Time", "Job Finish Time", "Total Job Time"], rows, below)
+
+
+def table_of_trials(run):
+    """Table 2: a row for each trial."""
+    extra, rows = further_names([run]), []
+    for t in run.trials.values():
         values = [show(t.params.get(name)) for name in (*TITLES, *extra)]
-        figures_of = [show(t.last), clock + show(seconds)]
-        rows.append([t.id, *values[:3], *figures_of, *values[3:], t.status, str(t.epochs)])
-    kind = ("the lowest of all epochs, as the manual grid reports it" if run.manual else
+        runtime = show(t.runtime) if t.ended or not t.spans else f"~{t.clock():.0f}"
+        rows.append([t.id, *values[:3], show(t.last), runtime, *values[3:], t.status, str(t.epochs)])
+    kind = ("the lowest of all epochs" if run.manual else
             "the last report, as in the log's boxed table; table 3 has the lowest of all reports")
     below = [f"Eval Loss: {kind}."]
-    if any(row[5].startswith("~") for row in rows):
-        below.append("~: by the clock of the log's lines, to about a second; no boxed table has it (yet).")
-    table2 = ("Table 2: the trials", [*COLUMNS, *extra, "Status", "Epochs"], rows, below)
+    below += ["~: by the clock, since its last start."] if any("~" in row[5] for row in rows) else []
+    return ("Table 2: the trials", [*COLUMNS, *extra, "Status", "Epochs"], rows, below)
+
+
+def table_of_best(run):
+    """Table 3: the lowest loss of all reports."""
     best = run.best or {"params": {}}
-    row = [*(show(best["params"].get(name)) for name in TITLES),
-           *(show(best.get(key)) for key in ("eval_loss", "time_total_s"))]
-    row.append(f"{best['epoch']:g}" if best.get("epoch") is not None else "-")
-    others = {name: value for name, value in best["params"].items() if name not in TITLES}
-    below = ["No trial has reported a loss." if not run.best else
-             "Total Runtime: the trial's seconds until that report. Epochs: the epoch of that report"
-             + (f". It is combo {best['trial'].id}." if best.get("trial") else ".")]
-    if others:
-        words = ", ".join(f"{name} {show(value)}" for name, value in others.items())
-        below.append(f"Its further hyperparameters: {words}.")
-    scored, further = [], []
-    for name, found in run.scores.items():
-        figures_of = [f"{found['exact_match']:.1f}", f"{found['f1']:.1f}",
-                      f"{found['eval_loss']:.4f} +- {found['standard_error']:.4f}"]
-        scored.append([name, *figures_of])
-    if scored:
-        row, further = row + scored[-1][1:], SCORES
-        below.append(f"{', '.join(SCORES)}: of the best as a model, see below.")
-    table3 = ("Table 3: the best", [*BEST_COLUMNS, *further], [row], below)
-    asked = []
-    if scored:
-        what = f"On {found['questions']} questions that no trial has seen. Loss: nats per answer token, +- its error."
-        asked = [("The best as a model", ["Model", *SCORES], scored, [what])]
-    lists = (("Figures", figures(run)), ("Failed and diverged trials", troubles(run)))
-    return [job, table2, table3, *asked, *((title, [], [], lines) for title, lines in lists)]
+    row = [show(best["params"].get(name)) for name in TITLES]
+    row += [show(best.get(key)) for key in ("eval_loss", "time_total_s", "epoch")]
+    below = ["No trial has reported a loss."]
+    if run.best:
+        seconds = "the trial's seconds" if run.manual else "the trial's seconds until that report"
+        below = [f"Total Runtime: {seconds}. Epochs: the epoch of that report. It is combo {best['trial'].id}."]
+    if others := [f"{name} {show(value)}" for name, value in best["params"].items() if name not in TITLES]:
+        below.append(f"Its further hyperparameters: {', '.join(others)}.")
+    return ("Table 3: the best", BEST_COLUMNS, [row], below)
+
+
+def table_of_scores(run):
+    """What ask.py --score has found, as a list of no table or one."""
+    rows, questions = [], 0
+    with contextlib.suppress(*DAMAGE):
+        for name, found in run.scores.items():
+            loss = f"{found['eval_loss']:.4f} +- {found['standard_error']:.4f}"
+            rows.append([name, f"{found['exact_match']:.1f}", f"{found['f1']:.1f}", loss])
+            questions = found["questions"]
+    below = [f"On {questions} questions that no trial has seen. Loss: nats per answer token, +- its error."]
+    return [("The best as a model", ["Model", "Exact Match (%)", "F1 (%)", "Loss"], rows, below)] if rows else []
 
 
 def figures(run):
     """Sum of runtimes, epochs and node time, in sentences."""
-    s, k = totals(run), trials_at_once(run)
+    s, ratio = totals(run), ""
     work = s["sum_of_runtimes_s"]
-    ratio = f"; ratio {work / run.now:.2f} with {k} trial(s) at once" if run.now else ""
-    lines = [f"Sum of the trials' runtimes: {work:.0f} s; the job's time: {run.now:.0f} s{ratio}."]
+    if run.seconds and run.recorded:
+        ratio = f"; ratio {work / run.seconds:.2f} with {trials_at_once(run)} trial(s) at once"
+    lines = [f"Sum of the trials' runtimes: {work:.0f} s; the job's time: {run.seconds:.0f} s{ratio}."]
     if s["epochs_full_grid"] and not run.manual:
         saved = 100 * (1 - s["epochs_trained"] / s["epochs_full_grid"])
-        done = not run.state().startswith("partial")
-        so_far, saving = ("", f", {saved:.0f} % saved") if done else (" so far", "")
+        so_far, saving = ("", f", {saved:.0f} % saved") if run.state() == "complete" else (" so far", "")
         lines.append(f"Epochs trained{so_far}: {s['epochs_trained']} of {s['epochs_full_grid']} "
                      f"({s['trials']} trials x {s['max_t']} epochs){saving}.")
         if run.forecast:
             lines.append(f"Forecast before the run: {run.forecast}. One run proves little about the saving.")
-    if s["units"] and (run.now or run.manual):
+    if not run.recorded:
+        lines.append("Costs, pictures, --study and --compare need the run folder of this job, which is not here.")
+    elif s["units"]:
         share = f" ({100 * s['idle_min'] / s['allocated_min']:.0f} %)" if s["allocated_min"] else ""
-        slots = "Slot-minutes (on CPUs; a slot is a place for one trial)"
-        what = "GPU-minutes" if s["unit"] == "GPU" else slots
-        line, until = "joined" if run.nodes else "cluster:", "FINISH" if run.finish else "now"
-        since = f"from the line '{line}' to {until}"
-        since = "by Slurm's record of the worker jobs" if run.held else since
+        what = "GPU-minutes" if s["unit"] == "GPU" else "Slot-minutes (on CPUs; a slot is a place for one trial)"
+        since = f"from joining to {'FINISH' if run.finished else 'now'}"
+        since = "by Slurm's record of the worker jobs" if any(w.by_slurm for w in run.workers.values()) else since
         since = "by START and FINISH" if run.manual else since
         lines.append(f"{what}: {s['allocated_min']:.1f} allocated ({s['units']:g} {s['unit']}(s), {since}), "
                      f"{s['busy_min']:.1f} busy, {s['idle_min']:.1f} idle{share}.")
@@ -125,7 +127,7 @@ def figures(run):
 
 def troubles(run):
     """One line for each trial that failed or diverged."""
-    lines = [f"combo {t.id} ({t.name}): {t.status}: {t.cause or 'the log does not say why'}"
+    lines = [f"combo {t.id} ({t.name}): {t.status}: {t.cause}"
              for t in run.trials.values() if t.status in ("FAILED", "diverged")]
     return lines or ["None."]
 
@@ -146,31 +148,27 @@ def markdown(parts):
     return "\n".join(out)
 
 
+# ---- Values for other programs, unrounded ------------------------------------------------------------------
 def as_json(run):
     """A run as plain values; a loss that is not finite becomes null."""
     def plain(value):
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     trials = [{
-        "combo_id": int(t.id), "trial": t.name, "hyperparameters": {k: plain(v) for k, v in t.params.items()},
-        "eval_loss_last": plain(t.last), "eval_loss_best": t.best(), "runtime_s": t.seconds(run.now),
-        "status": t.status, "epochs": t.epochs, "cause": t.cause, "start_s": t.start, "end_s": t.end,
-        "reports": [[epoch, plain(loss)] for epoch, loss in t.reports],
+        "combo_id": int(t.id), "trial": t.name, "hyperparameters": t.params, "status": t.status, "cause": t.cause,
+        "eval_loss_last": plain(t.last), "eval_loss_best": t.best(), "runtime_s": t.clock(), "epochs": t.epochs,
+        "on_slot_s": t.spans, "reports": [[r.epoch, plain(r.loss), r.at] for r in t.reports.values()],
     } for t in run.trials.values()]
-    best = {key: value for key, value in run.best.items() if key != "trial"} if run.best else None
-    if best:
-        best["params"] = {k: plain(v) for k, v in best["params"].items()}
     return {
-        "source": run.source, "job": run.job, "state": run.state(),
-        "start": run.start and str(run.start), "finish": run.finish and str(run.finish),
-        "time_zone": run.zones[0], "total_time_s": run.now, "settings": run.settings,
-        "precisions": sorted(run.precisions),
-        "trials": trials, "best": best, "totals": totals(run), "notes": run.notes, "scores": run.scores,
+        "source": run.source, "job": run.job, "state": run.state(), "start": run.jobs[0].start[:19],
+        "finish": run.jobs[-1].finish[:19], "total_time_s": run.seconds, "settings": run.settings,
+        "precisions": sorted(run.precisions), "trials": trials, "totals": totals(run), "scores": run.scores,
+        "best": run.best and {key: value for key, value in run.best.items() if key != "trial"},
     }
 
 
 def csv_text(rows):
-    """Rows as CSV, values unrounded."""
+    """Rows as CSV."""
     file = io.StringIO(newline="")
     csv.writer(file, lineterminator="\n").writerows(rows)
     return file.getvalue()
@@ -183,7 +181,7 @@ def trial_rows(runs):
     for run in runs:
         for t in run.trials.values():
             values = [t.params.get(name) for name in (*TITLES, *extra)]
-            yield [t.id, *values[:3], t.last, t.seconds(run.now), *values[3:], t.status, t.epochs, t.best(),
+            yield [t.id, *values[:3], t.last, t.clock(), *values[3:], t.status, t.epochs, t.best(),
                    run.job, t.name, t.cause]
 
 
@@ -194,29 +192,25 @@ def run_rows(runs):
            *BEST_COLUMNS]
     for run in runs:
         s, best = totals(run), run.best or {"params": {}}
-        yield [run.source, run.job, run.state(), run.start, run.finish, run.now,
+        yield [run.source, run.job, run.state(), run.jobs[0].start, run.jobs[-1].finish, run.seconds,
                *map(run.settings.get, ("MODEL_NAME", "SEED")),
                len(run.trials), sum(t.status in ("FAILED", "diverged") for t in run.trials.values()),
                s["epochs_trained"], s["epochs_full_grid"], round(s["sum_of_runtimes_s"], 3),
                *map(best["params"].get, TITLES), *map(best.get, ("eval_loss", "time_total_s", "epoch"))]
 
 
-# ============================================================================================================
-# Main
-# ============================================================================================================
+# ---- Main --------------------------------------------------------------------------------------------------
 def write_whole(path, text):
     """Writes a file in one step: a reader sees all of the old text or all of the new one."""
     path, target = Path(path), Path(os.path.realpath(path))
-    part = target.with_name(f".{target.name}.{os.getpid()}")
+    new = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         if path.exists() and not path.is_file():  # such as /dev/stdout
             path.write_text(text, encoding="utf-8")
         else:
-            part.write_text(text, encoding="utf-8")
-            part.replace(target)
+            new.write_text(text, encoding="utf-8")
+            new.replace(target)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
@@ -226,7 +220,7 @@ def all_tables(a, runs):
     return "\n".join(name + markdown(sections(run)) for name, run in zip(names, runs))
 
 
-def write_files(a, runs):
+def write_tables(a, runs):
     """Writes the files that the options ask for, but not the pictures."""
     if a.tables:
         write_whole(a.tables, all_tables(a, runs) + "\n")
@@ -235,35 +229,37 @@ def write_files(a, runs):
     if a.summary:
         write_whole(a.summary, csv_text(run_rows(runs)))
     if a.json:
-        values = [as_json(run) for run in runs]
-        write_whole(a.json, json.dumps(values, indent=1, allow_nan=False, default=str) + "\n")
+        write_whole(a.json, json.dumps([as_json(run) for run in runs], indent=1, allow_nan=False) + "\n")
 
 
-def draw(run, folder, ends_now):
+def draw(a, run, folder):
     """Writes a run's pictures and report.html; a job that ends now finishes after the pictures."""
     import draw_report  # here, since the tables need no package
 
     folder.mkdir(parents=True, exist_ok=True)
     body = draw_report.body(run, draw_report.pictures(run, folder))
-    if ends_now:
-        finish_now(run)
+    if a.exit_status is not None:
+        run = parse(run.source, a.exit_status)
+        write_tables(a, [run])
     write_whole(folder / "report.html", draw_report.page(run, sections(run), body))
     print(f"pictures and report: {folder}/report.html")
 
 
-def write_study(run, path):
-    """Writes a run as an Optuna study."""
-    import as_study  # here, since the tables need no package
+def write_all(a, runs):
+    """Writes all that the options ask for."""
+    write_tables(a, runs)  # before the pictures, which take seconds: a job may be at its time limit
+    recorded = [run for run in runs if run.recorded]
+    if a.study and recorded:
+        import as_study
 
-    as_study.write(run, path)
-
-
-def draw_comparison(runs, folder):
-    """Writes compare.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for run in compare_runs.picture(runs, folder / "compare.png"):
-        print(f"{run.source}: has no times of reports, so it is not in the picture", file=sys.stderr)
-    print(f"picture: {folder}/compare.png\n")
+        as_study.write(recorded[0], a.study)
+    if a.plots and a.compare:
+        a.plots.mkdir(parents=True, exist_ok=True)
+        compare_runs.picture(runs, a.plots / "compare.png")
+        print(f"picture: {a.plots}/compare.png\n")
+    elif a.plots:
+        for run in recorded:
+            draw(a, run, a.plots / re.sub(r"[^\w.-]", "_", run.job) if len(a.inputs) > 1 else a.plots)
 
 
 def options():
@@ -271,84 +267,58 @@ def options():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="LOG_OR_RUN_FOLDER",
-        help="log of a head job or of the manual grid, or run folder")
-    add("--tables", metavar="FILE",
-        help="write the tables (Markdown) into this file instead of printing them")
+    add("inputs", nargs="+", metavar="LOG_OR_RUN_FOLDER", help="log of a head job or a manual grid, or run folder")
+    add("--tables", metavar="FILE", help="write the tables (Markdown) into this file instead of printing them")
     add("--csv", metavar="FILE", help="write the trials, one row each")
-    add("--summary", metavar="FILE",
-        help="write one row a run, as CSV: job, state, times, epochs, best; for grading many logs")
+    add("--summary", metavar="FILE", help="write one row a run, as CSV: job, state, times, epochs, best; for grading")
     add("--json", metavar="FILE", help="write everything: a list of runs")
-    add("--plots", metavar="DIR", type=Path,
-        help="write pictures (PNG) and report.html; with several inputs into DIR/<job>")
-    add("--study", metavar="FILE", type=Path,
-        help="write an Optuna study (SQLite), such as study.db, for optuna-dashboard; one input")
-    add("--compare", action="store_true",
-        help="print what the runs cost, against the first (the manual grid, say), and which settings differ; "
-             "with --plots DIR, draw their best loss over time and cost: DIR/compare.png")
+    add("--plots", metavar="DIR", type=Path, help="write pictures (PNG) and report.html; of several runs: DIR/<job>")
+    add("--study", metavar="FILE", type=Path, help="write one run as an Optuna study (SQLite), such as study.db")
+    add("--compare", action="store_true", help="print what the runs cost, against the first (the manual grid, say), "
+        "and which settings differ; with --plots DIR, draw their best loss over time and cost: DIR/compare.png")
     add("--watch", action="store_true", help="show the trials of a running job until it ends; Ctrl-C stops it; "
         "with --plots DIR, its report is drawn again each minute, and a browser that shows it reloads it")
-    add("--finish-now", action="store_true",
-        help="for a job that is about to end: the current time is its FINISH, whatever its log says")
-    add("--exit-status", metavar="N", type=int, help="with --finish-now: the job's exit status (default 0)")
+    add("--exit-status", metavar="N", type=int, help="for a job that ends now: its FINISH is this moment, N its status")
     a = parser.parse_args()
-    if a.watch and (len(a.inputs) > 1 or any(v for k, v in vars(a).items() if k not in ("inputs", "watch", "plots"))):
+    given = {name for name, value in vars(a).items() if value is not None and value is not False} - {"inputs"}
+    if a.watch and (len(a.inputs) > 1 or given - {"watch", "plots"}):
         parser.error("--watch takes one log or run folder and no other option than --plots")
     if a.compare and len(a.inputs) < 2:
         parser.error("--compare needs two runs or more")
-    if a.study and len(a.inputs) > 1:
-        parser.error("--study takes one input")
-    if a.finish_now and (len(a.inputs) > 1 or a.compare):
-        parser.error("--finish-now takes one input, the job's own log, and not --compare")
-    if a.exit_status is not None and not a.finish_now:
-        parser.error("--exit-status needs --finish-now")
+    if len(a.inputs) > 1 and given & {"study", "exit_status"}:
+        parser.error("--study and --exit-status take one input")
     return a
 
 
 def main():
-    """Returns the exit status: 0, or 2 if an input is not such a log or a file cannot be written."""
-    a = options()
+    """Returns the exit status: 0, or 2 if an input cannot be used or a file cannot be written."""
+    a, runs, problems = options(), [], []
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" is no error
     sys.stdout.reconfigure(errors="replace")
-    if a.watch:
-        try:
-            from watch_log import watch
-        except ImportError as error:
-            print(f"ERROR: --watch needs the package {error.name}; run: bash scripts/setup_env.sh", file=sys.stderr)
-            return 2
-        return watch(a.inputs[0], a.plots)
-    runs, status = [], 0
-    for text in a.inputs:
-        try:
-            runs.append(parse(text, (a.exit_status or 0) if a.finish_now else None))
-        except NotALog as error:
-            print(f"ERROR: {error}", file=sys.stderr)
-            status = 2
-    if not runs or (a.compare and status):
-        return status
     try:
-        write_files(a, runs)  # before the pictures, which take seconds: a job may be at its time limit
-        if a.plots and a.compare:
-            draw_comparison(runs, a.plots)
-        for run in runs if a.plots and not a.compare else []:
-            draw(run, a.plots / re.sub(r"[^\w.-]", "_", run.job) if len(runs) > 1 else a.plots, a.finish_now)
-        if a.study:
-            write_study(runs[0], a.study)
-        if a.plots and a.finish_now:
-            write_files(a, runs)
+        if a.watch:
+            from watch_log import watch
+
+            return watch(a.inputs[0], a.plots)
+        for text in a.inputs:
+            try:
+                runs.append(parse(text, a.exit_status))
+                if (a.plots or a.study or a.compare) and not runs[-1].recorded:
+                    raise NotALog(f"{text}: its run folder is not here; pictures, --study and --compare need it")
+            except NotALog as error:
+                problems.append(f"{error}")
+        if runs and not (a.compare and problems):
+            write_all(a, runs)
     except OSError as error:
-        print(f"ERROR: {error.filename}: cannot be written ({error.strerror}); give another place",
-              file=sys.stderr)
-        status = 2
+        problems.append(f"{error.filename}: cannot be written ({error.strerror}); give another place")
     except ImportError as error:
-        print(f"ERROR: --plots and --study need the package {error.name}; run: bash scripts/setup_env.sh",
-              file=sys.stderr)
-        status = 2
-    if a.compare:
+        problems.append(f"--watch, --plots and --study need the package {error.name}; run: bash scripts/setup_env.sh")
+    print(*(f"ERROR: {problem}" for problem in problems), sep="\n", end="\n" * bool(problems), file=sys.stderr)
+    if a.compare and not problems:
         print(markdown([compare_runs.comparison(runs), compare_runs.differences(runs)]))
-    elif not a.tables:
+    elif runs and not a.tables and not a.compare:
         print(all_tables(a, runs))
-    return status
+    return 2 if problems else 0
 
 
 if __name__ == "__main__":
