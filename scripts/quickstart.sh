@@ -23,7 +23,8 @@ export CPUS_PER_WORKER=${CPUS_PER_WORKER:-1}
 source "$REPO/scripts/job/ray_job.sh"
 choose_python
 # On the only GPU a trial is trained by one worker. What is wrong with a GPU, the head script says.
-if [[ -z ${WORKERS_PER_TRIAL:-} ]] && (WORKERS_PER_TRIAL=1 look_at_node; [[ $Gw == 1 && ($GPUS == 1 || $NODE == *MIG*) ]]) 2>/dev/null; then
+only_gpu() { (WORKERS_PER_TRIAL=1 look_at_node; [[ $Gw == 1 && ($GPUS == 1 || $NODE == *MIG*) ]]) 2>/dev/null; }
+if [[ -z ${WORKERS_PER_TRIAL:-} ]] && only_gpu; then
     export WORKERS_PER_TRIAL=1
 fi
 exec bash "$REPO/experiments/raytune/scheduler/asha/head_node_raytune_asha_hpo.slurm"

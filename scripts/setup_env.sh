@@ -23,24 +23,28 @@ make_venv() {
     "$PYTHON" -m venv "$REPO/.venv" >"$REPO/.venv.log" 2>&1
 }
 
-[[ $OSTYPE == linux* ]] || fail "OSTYPE=$OSTYPE: this runs on Linux only; on Windows use WSL2, on a Mac another machine"
-exec 9>"$REPO/.venv.lock"                                    # two set-ups at once take turns, where the file system has locks
+[[ $OSTYPE == linux* ]] ||
+    fail "OSTYPE=$OSTYPE: this runs on Linux only; on Windows use WSL2, on a Mac another machine"
+exec 9>"$REPO/.venv.lock"                                    # two at once take turns, where there are locks
 flock 9 2>/dev/null || true
 if ! cmp -s "$REPO/requirements.txt" "$STAMP"; then
     command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON: no such command; install Python 3.10 or newer"
     version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        fail "PYTHON=$PYTHON is Python $version; use 3.10 or newer, for example: PYTHON=python3.11 bash scripts/setup_env.sh"
-    if ! make_venv; then                                     # Debian and Ubuntu keep the venv module in a package of its own
+        fail "PYTHON=$PYTHON is Python $version; use 3.10 or newer: PYTHON=python3.11 bash scripts/setup_env.sh"
+    if ! make_venv; then                                     # Debian and Ubuntu have the module in a package of its own
         if ((UID == 0)) && command -v apt-get >/dev/null; then
-            (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y "python$version-venv") >>"$REPO/.venv.log" 2>&1 || true
+            (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y "python$version-venv") \
+                >>"$REPO/.venv.log" 2>&1 || true
         fi
         rm -rf "$REPO/.venv"
-        make_venv || fail "cannot create a virtual environment (see .venv.log); on Debian or Ubuntu: sudo apt-get install python$version-venv"
+        make_venv || fail "cannot create a virtual environment (see .venv.log);" \
+            "on Debian or Ubuntu: sudo apt-get install python$version-venv"
     fi
     echo "installing packages into $REPO/.venv (a few minutes, log: .venv.log)" >&2
     "$REPO/.venv/bin/python" -m pip install -r "$REPO/requirements.txt" >>"$REPO/.venv.log" 2>&1 ||
-        fail "pip could not install requirements.txt for Python $version: $(grep -m1 -i error "$REPO/.venv.log" || tail -n1 "$REPO/.venv.log")"
+        fail "pip could not install requirements.txt for Python $version:" \
+            "$(grep -m1 -i error "$REPO/.venv.log" || tail -n1 "$REPO/.venv.log")"
     cp "$REPO/requirements.txt" "$STAMP"
 fi
 echo "environment ready: $REPO/.venv" >&2

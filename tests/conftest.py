@@ -304,6 +304,15 @@ def reports_of(run_dir):
     return {path.parent.name: [json.loads(line) for line in path.read_text().splitlines()] for path in files}
 
 
+def events_of(run_dir, *names):
+    """The events of a run's record, or those of these names; as its readers do, without lines that are not JSON."""
+    found = []
+    for line in (run_dir / "events.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [event for event in found if not names or event["event"] in names]
+
+
 def at_once(log):
     """The largest number of trials in flight."""
     running, most = 0, 0

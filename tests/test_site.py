@@ -8,9 +8,11 @@ import os
 import re
 import shutil
 import subprocess
+import zoneinfo
+from datetime import datetime, timedelta
 
 import pytest
-from conftest import EXERCISE, HEAD, HOSTILE, REPO, load_module
+from conftest import EXERCISE, HEAD, HOSTILE, REPO, events_of, load_module
 
 WORKER = "worker_node_raytune_asha_hpo.slurm"
 JOB_FILES = [EXERCISE / HEAD, REPO / "experiments/manual/bloom_hpo_manual.slurm"]
@@ -79,20 +81,24 @@ def test_a_library_path_that_breaks_pytorch_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_elsewhere_than_on_linux_one_line_says_so(script):
-    run = subprocess.run(["bash", script], cwd=script.parent, env=os.environ | {"OSTYPE": "darwin23"}, text=True,
+def test_elsewhere_than_on_linux_one_line_says_so(script, tmp_path):
+    """And a script finds its files though `cd` would go elsewhere."""
+    (tmp_path / script.parent.name).mkdir()
+    environ = os.environ | {"OSTYPE": "darwin23", "CDPATH": str(tmp_path)}
+    run = subprocess.run(["bash", f"{script.parent.name}/{script.name}"], cwd=script.parents[1], env=environ, text=True,
                          check=False, capture_output=True, timeout=60)  # fmt: skip
     assert run.returncode == 1 and run.stdout == ""
     assert re.fullmatch("ERROR: OSTYPE=darwin23: this runs on Linux only; on Windows use WSL2, .*\n", run.stderr)
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_a_script_finds_its_files_though_cd_would_go_elsewhere(script, tmp_path):
-    (tmp_path / script.parent.name).mkdir()
-    environ = os.environ | {"OSTYPE": "darwin23", "CDPATH": str(tmp_path)}  # so that it ends once it has found them
-    run = subprocess.run(["bash", f"{script.parent.name}/{script.name}"], cwd=script.parents[1], env=environ, text=True,
-                         check=False, capture_output=True, timeout=60)  # fmt: skip
-    assert run.returncode == 1 and run.stderr.startswith("ERROR: OSTYPE=darwin23: ")
+def test_a_job_that_was_submitted_from_elsewhere_says_where_to_go(tmp_path):
+    """Slurm runs a copy of the script, of this name, in the folder where sbatch was called."""
+    for script in (*JOB_FILES, REPO / "experiments/manual/save_best.slurm"):
+        shutil.copy(script, tmp_path / "slurm_script")
+        run = subprocess.run(["bash", tmp_path / "slurm_script"], cwd=tmp_path, text=True, check=False,
+                             capture_output=True, timeout=60)  # fmt: skip
+        said = rf"ERROR: {tmp_path} is not the .*; cd {script.parent.relative_to(REPO)}, then sbatch\n"
+        assert run.returncode == 1 and run.stdout == "" and re.fullmatch(said, run.stderr)
 
 
 # ---- What limits a process ---------------------------------------------------------------------------------
@@ -169,7 +175,8 @@ ANSWERS = {
     "busy at first": f"[[ -e $0.asked ]] || {{ touch $0.asked; {TIMEOUT}; }}; exec $REAL --hold",
     "submitted all the same": f"[[ -e $0.asked ]] && exit 9; touch $0.asked; $REAL --hold >/dev/null; {TIMEOUT}",
     "a banner": 'echo "Your account: physics"; echo "Balance: 1234"; $REAL --hold; echo "1 job, thank you" >&2',
-    "the long form": 'echo "Submitted batch job $($REAL --hold)"',
+    "the long form": 'echo "Submitted batch job $($REAL --hold) on cluster nautilus"',
+    "a cluster's name": 'echo "$($REAL --hold);nautilus"',
 }
 
 
@@ -219,27 +226,73 @@ def test_the_address_of_a_node_is_one_that_others_reach(tmp_path, node_addr, hos
     ("echo 8", "7", 0, None),
     ("echo 8", None, 0, None),  # a run without the file that names its job
 ])  # fmt: skip
-def test_a_run_is_continued_only_if_no_job_works_on_it(tmp_path, squeue, job, status, said):
-    run = tmp_path / "runs/7"
+@pytest.mark.parametrize("given", ["runs/7", "{0}/runs/7/", "{0}/scratch/7"])
+def test_a_run_is_continued_only_if_no_job_works_on_it(tmp_path, squeue, job, status, said, given):
+    """Its folder keeps the name that it has here, though runs/ is a link to scratch."""
+    run = tmp_path / "scratch/7"
     run.mkdir(parents=True)
+    (tmp_path / "runs").symlink_to("scratch")
     (run / "shutdown.txt").touch()
     if job:
         (run / "job").write_text(job)
     path = stand_in(tmp_path / "bin", "squeue", squeue)
-    found, lines = shell(f"EXERCISE={tmp_path}; which_run", PATH=path, RESUME=str(run))
+    which = f'EXERCISE={tmp_path}; which_run; [[ $RESUME == "{tmp_path}/runs/7" ]]'
+    found, lines = shell(which, PATH=path, RESUME=given.format(tmp_path))
     assert found == status and (re.search(said, lines[-1]) if said else lines == [])
     assert (run / "shutdown.txt").exists() == (status == 1)  # else the workers of the run would leave at once
 
 
+def test_a_folder_that_is_not_of_this_exercise_is_not_continued(tmp_path):
+    (tmp_path / "runs/7/tune").mkdir(parents=True)
+    for folder in ("runs", "runs/7/tune", "/tmp"):
+        status, (line,) = shell(f"EXERCISE={tmp_path}; which_run", RESUME=folder)
+        assert status == 1 and re.match(f"ERROR: RESUME=.*: is not a folder of {tmp_path}/runs; give runs/", line)
+
+
+RECORD = "echo JobState=COMPLETED StartTime=2026-11-27T10:00:00 EndTime=2026-11-27T10:01:30"
+
+
 def test_what_a_worker_has_cost_is_asked_once_and_not_of_a_busy_slurm(tmp_path):
     """A record that is gone does not hide the others; a controller that does not answer is not waited for."""
-    record = "echo JobState=COMPLETED StartTime=2026-11-27T10:00:00 EndTime=2026-11-27T10:01:30"
     for answer, said in {"Invalid job id specified": ["6"], "Socket timed out on send/recv": []}.items():
-        path = stand_in(tmp_path / "bin", "scontrol", f"[[ $3 == 6 ]] && {record} && exit; echo '{answer}' >&2; exit 1")
+        path = stand_in(tmp_path / "bin", "scontrol", f"[[ $3 == 6 ]] && {RECORD} && exit; echo '{answer}' >&2; exit 1")
         stand_in(tmp_path / "bin", "squeue", "exit 0")
-        status, lines = shell(f"RUN_DIR={tmp_path} WORKER_JOBS=(5 6); release_workers", PATH=path)
+        run = f"RUN_DIR={tmp_path} RECORD={tmp_path}/events.jsonl WORKER_JOBS=(5 6)"
+        status, lines = shell(f"{run}; release_workers", PATH=path)
         assert status == 0 and [line.split(" | ")[1] for line in lines] == [
             f"worker job {job} held its node for 90 s, by Slurm's record" for job in said]  # fmt: skip
+    (ended,) = events_of(tmp_path)
+    assert ended | {"event": "worker_ended", "job": "6", "seconds": 90} == ended and "cause" not in ended
+
+
+PENDING = "echo 5 PENDING Resources"
+
+
+@pytest.mark.parametrize("state, squeue, status, said", [
+    (":", PENDING, 0, ["worker job 5 is PENDING: Resources (what that means: TROUBLESHOOTING.md)"]),
+    ("SECONDS=12", PENDING, 0, ["waiting for the first worker to join: 10 s of 20 s", "worker job 5 is PENDING: .*"]),
+    ("SECONDS=21", PENDING, 1, [r"ERROR: waited 20 s \(WORKER_DEADLINE\) for the first worker to join; giving up"]),
+    (":", "exit 0", 1, ["ERROR: no worker joined and none is queued; the last one says: ERROR: no python found"]),
+    ("JOINED=yes; SECONDS=21", PENDING, 3, [r"ERROR: waited 20 s \(WORKER_DEADLINE\) for another worker; giving up"]),
+    ("JOINED=yes; REPLACED=3 REPLACEMENT_TRIES=3", "exit 0", 3, [
+        "worker job 5 has ended before the search: ERROR: no python found", "worker job 5 held its node for 90 s, .*",
+        "no worker is left, and 3 have been replaced already"]),
+    ("JOINED=yes; NEXT_LOOK=0; mind_workers", PENDING, 0, ["worker job 5 is PENDING: .*"]),  # told once
+])  # fmt: skip
+def test_what_a_run_says_of_its_workers(tmp_path, state, squeue, status, said):
+    """The only one is in the queue or not; it has joined or not."""
+    path = stand_in(tmp_path / "bin", "squeue", squeue)
+    stand_in(tmp_path / "bin", "scontrol", RECORD)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/ray_worker_bloom_5epochs-5.out").write_text("===\nERROR: no python found\n")
+    run = f"EXERCISE={tmp_path} RUN_DIR={tmp_path} RECORD={tmp_path}/events.jsonl WORKER_NODES=1 WORKER_JOBS=(5)"
+    found, lines = shell(f"{run} WORKER_DEADLINE=20; {state}; mind_workers || exit 3", PATH=path)
+    assert found == status and len(lines) == len(said), lines
+    for line, pattern in zip(lines, said, strict=True):
+        assert re.fullmatch(pattern.replace("(what", r"\(what").replace("md)", r"md\)"), line.split(" | ")[-1])
+    if "REPLACED" in state:
+        (ended,) = events_of(tmp_path)
+        assert ended == ended | {"job": "5", "seconds": 90, "cause": "ERROR: no python found"}
 
 
 def test_a_replacement_that_is_refused_is_tried_again_at_the_next_look(tmp_path):
@@ -249,18 +302,63 @@ def test_a_replacement_that_is_refused_is_tried_again_at_the_next_look(tmp_path)
     run = f"EXERCISE={tmp_path} RUN_DIR={tmp_path} WORKER_NODES=1 WORKER_DEADLINE=99 WORKER_JOBS=(5) JOINED=yes"
     look = "NEXT_LOOK=0; mind_workers || echo the end"
     status, lines = shell(f"{run}; {look}; {look}", PATH=path)
-    said = [line.split(" | ")[-1] for line in lines]
-    assert status == 0 and [line.split(":")[0] for line in said] == [
+    assert status == 0 and [line.split(" | ")[-1].split(":")[0] for line in lines] == [
         "worker job 5 has ended before the search", "Job limit reached",
         "sbatch refused to replace it (its message is above)", "submitted worker 2/2"]  # fmt: skip
 
 
+@pytest.mark.parametrize("state, minutes, near", [("RUNNING", 1, 1), ("COMPLETING", 1, 0), ("RUNNING", 60, 0)])
+def test_near_its_time_limit_a_run_says_so_and_how_to_continue(tmp_path, state, minutes, near):
+    """Slurm sends TERM then, and for scancel."""
+    end = (datetime.now() + timedelta(minutes=minutes)).isoformat(timespec="seconds")
+    path = stand_in(tmp_path / "bin", "scontrol", f"echo JobState={state} Reason=None EndTime={end}")
+    (tmp_path / "events.jsonl").write_text('{"time": "x", "event": "settings"}\n')
+    run = f"RUN_DIR={tmp_path}; say_how_it_ended 143"
+    status, lines = shell(run, "slurm_script", PATH=path, SLURM_JOB_ID="7")
+    assert status == 0 and (f"the time limit of this job, {end}, has come near" in lines[0]) == near
+    assert f"continue with: RESUME=runs/{tmp_path.name} sbatch {HEAD}" in lines[-1]
+
+
 def test_a_worker_that_slurm_requeues_joins_once_more(tmp_path):
-    joined = f"WORKER_JOBS=(5); RUN_DIR={tmp_path}; echo 'job 5 on n1' | publish joined-5; announce_workers"
-    again = "rm $RUN_DIR/joined-5; announce_workers; echo away; echo 'job 5 on n2' | publish joined-5; announce_workers"
-    _, lines = shell(f"{joined}; announce_workers; {again}")
-    said = [line.split(" | ")[-1] for line in lines]
-    assert said == ["worker 1/1 joined: job 5 on n1", "away", "worker 1/1 joined: job 5 on n2"]
+    joins = "publish joined-5 <<<'{} 20 8 4 20 CPUs, 8 GPUs (NVIDIA \"A100\"), bf16'; announce_workers"
+    away = "rm $RUN_DIR/joined-5; announce_workers; echo away"
+    begin = f"RUN_DIR={tmp_path} RECORD={tmp_path}/events.jsonl WORKER_JOBS=(5)"
+    _, lines = shell(f"{begin}; {joins.format('n1')}; announce_workers; {away}; {joins.format('n2')}")
+    words = '20 CPUs, 8 GPUs (NVIDIA "A100"), bf16'
+    first, second = (f"worker 1/1 joined: job 5 on n{n}, {words}, 4 trial(s) at once" for n in (1, 2))
+    assert [line.split(" | ")[-1] for line in lines] == [first, "away", second]
+    fields = {"job": "5", "node": "n1", "cpus": 20, "gpus": 8, "precision": "bf16", "slots": 4, "words": words}
+    one, two = events_of(tmp_path, "worker_joined")
+    assert one == one | fields and two["node"] == "n2"
+
+
+# ---- The record --------------------------------------------------------------------------------------------
+def test_the_record_holds_any_text_and_outlives_a_line_that_was_cut_off(tmp_path):
+    """START and FINISH are there in the log's words, and their time in UTC, whatever the time zone of the site."""
+    text = 'a "quote", a \\ and a \\n, a tab\t, a line\nbreak, \x01\x7f, é, $HOME, `ls`, %s, &'
+    (tmp_path / "events.jsonl").write_text('{"time": "2026-')
+    settings = "export LR_LOWER=5e-06\nexport BS_CHOICES='1 2'\nexport SEARCH_SCRIPT=/x.py"
+    begin = f'frame_the_log; RUN_DIR={tmp_path} SCRIPT=/x.py LOG=/x.out; eval "$SETTINGS"; begin_record search'
+    tell = 'record forecast text "$WORDS"; exit 3'
+    others = {"RECORD": "/none/x", "AT": "noon", "TEE": "1"}  # variables of somebody else
+    status, lines = shell(f"{begin}; {tell}", SETTINGS=settings, WORDS=text, TZ="Asia/Tokyo", **others)
+    (job, start), (_, finish) = re.findall(r"===== JOB (\S+) [A-Z ]+: (.*) =====", "\n".join(lines))
+    started, kept, told, finished = events_of(tmp_path)
+    for event, said in ((started, start), (finished, finish)):
+        moment = datetime.fromisoformat(event.pop("time")).astimezone(zoneinfo.ZoneInfo("Asia/Tokyo"))
+        assert said == f"{moment:%Y-%m-%d %H:%M:%S} JST"
+    fields = {"job": job, "script": "/x.py", "log": "/x.out", "start": start, "kind": "search"}
+    assert started == {"event": "started"} | fields
+    assert kept | {"LR_LOWER": "5e-06", "BS_CHOICES": "1 2"} == kept and "SEARCH_SCRIPT" not in kept
+    assert told["text"] == text
+    assert finished == {"event": "finished", "status": status, "finish": finish} and status == 3
+
+
+def test_a_record_that_cannot_be_written_stops_a_run_at_its_start_and_never_its_end(tmp_path):
+    begin = f"RUN_DIR={tmp_path} SCRIPT=/x LOG=/x SETTINGS='export SEED=1' SEED=1; ln -s /none/x $RUN_DIR/events.jsonl"
+    status, lines = shell(f"{begin}; frame_the_log; begin_record search; echo not here")
+    assert status == 1 and "START" in lines[0] and "FINISH" in lines[-1]
+    assert [line.split(":")[0] for line in lines[1:-1]] == ["ERROR"]
 
 
 # ---- A container as the environment ------------------------------------------------------------------------

@@ -1,42 +1,43 @@
 # shellcheck shell=bash
-# What a job's environment is, whatever the site, its modules and the user's shell have set. Sourced first by ray_job.sh.
+# What a job's environment is, whatever the site, its modules and the user's shell have set. Sourced by ray_job.sh.
 
-[[ $OSTYPE == linux* ]] || { echo "ERROR: OSTYPE=$OSTYPE: this runs on Linux only; on Windows use WSL2, on a Mac another machine" >&2; exit 1; }
+if [[ $OSTYPE != linux* ]]; then
+    echo "ERROR: OSTYPE=$OSTYPE: this runs on Linux only; on Windows use WSL2, on a Mac another machine" >&2
+    exit 1
+fi
 
-# ---- What other programs print is read here, so it must look the same everywhere -------------------------------------
+# What other programs print is read here, so it must look the same everywhere.
 export LC_ALL=C.UTF-8
-unset "${!SQUEUE_@}" "${!SINFO_@}" "${!GREP_@}" SLURM_TIME_FORMAT LANGUAGE POSIXLY_CORRECT BASH_ENV CDPATH GLOBIGNORE MPLBACKEND
+unset "${!SQUEUE_@}" "${!SINFO_@}" "${!GREP_@}" SLURM_TIME_FORMAT LANGUAGE POSIXLY_CORRECT BASH_ENV CDPATH GLOBIGNORE
 if [[ -n ${LD_PRELOAD:-} && -n $(env true 2>&1) ]]; then  # else each process complains
     echo "LD_PRELOAD=$LD_PRELOAD cannot be loaded on this node, so it is unset"
     unset LD_PRELOAD
 fi
-
-# ---- A worker job is submitted by the lines of its file; only the site's defaults for resources stay ------------------
-unset SBATCH_WAIT SBATCH_ARRAY_INX SBATCH_EXPORT SBATCH_OUTPUT SBATCH_ERROR SBATCH_INPUT SBATCH_JOB_NAME SBATCH_OPEN_MODE
-
-# ---- What would change the training, or how its processes find one another --------------------------------------------
-# A trial trains within one node. So the network that a site names for training across nodes is not needed, and if this
-# node lacks it, no trial would start.
-unset GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME TP_SOCKET_IFNAME MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
-unset "${!RAY_@}" "${!TUNE_@}" "${!OMP_@}" "${!KMP_@}" "${!GOMP_@}" "${!MKL_@}" "${!OMPI_@}" "${!PMI_@}" "${!PMIX_@}" "${!MV2_@}"
-unset "${!ACCELERATE_@}" "${!FSDP_@}" "${!TORCHELASTIC_@}" "${!DS_@}"
-
-# ---- Python: the course's environment, and no packages from elsewhere in place of its own ----------------------------
+# A worker job is submitted by the lines of its file; only the site's defaults for resources stay.
+unset SBATCH_WAIT SBATCH_ARRAY_INX SBATCH_EXPORT SBATCH_OUTPUT SBATCH_ERROR SBATCH_INPUT \
+    SBATCH_JOB_NAME SBATCH_OPEN_MODE
+# What would change the training, or how its processes find one another. A trial trains within one node: the network
+# that a site names for training across nodes is not needed, and if this node lacks it, no trial would start.
+unset "${!RAY_@}" "${!TUNE_@}" "${!OMP_@}" "${!KMP_@}" "${!GOMP_@}" "${!MKL_@}" "${!OMPI_@}" "${!PMI_@}" \
+    "${!PMIX_@}" "${!MV2_@}" "${!ACCELERATE_@}" "${!FSDP_@}" "${!TORCHELASTIC_@}" "${!DS_@}" MASTER_ADDR MASTER_PORT \
+    RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME TP_SOCKET_IFNAME MPLBACKEND
+# Python: the course's environment, and no packages from elsewhere in place of its own, such as those of ~/.local.
 for variable in "${!PYTHON@}"; do
     [[ $variable == PYTHON || $variable == PYTHONPATH ]] || unset "$variable"
 done
-export PYTHONNOUSERSITE=1                              # not ~/.local, which would come first
+export PYTHONNOUSERSITE=1
 
 check_container() {                                    # what a run needs of it beyond the packages
-    local file said
+    local file said look='import os, sys; os.stat(sys.argv[1]); print(os.readlink("/proc/self/ns/pid"))'
     file=$(mktemp /tmp/container.XXXX)
-    said=$(python -c 'import os, sys; os.stat(sys.argv[1]); print(os.readlink("/proc/self/ns/pid"))' "$file" 2>&1) || true
+    said=$(python -c "$look" "$file" 2>&1 | tail -n 1) || true
     rm -f "$file"
-    [[ $(tail -n 1 <<<"$said") == "$(readlink /proc/self/ns/pid)" ]] ||
-        fail "CONTAINER=$CONTAINER: inside are not the same /tmp, $REPO and process ids ($(tail -n 1 <<<"$said")); see \"In a container\" in INSTRUCTORS.md"
+    [[ $said == "$(readlink /proc/self/ns/pid)" ]] ||
+        fail "CONTAINER=$CONTAINER: inside are not the same /tmp, $REPO and process ids ($said);" \
+            "see \"In a container\" in INSTRUCTORS.md"
 }
 
-choose_python() {                                      # the container of the EDIT block, the repository's .venv, or the active one
+choose_python() {                                      # of the container, the repository's .venv, or the active one
     if [[ -n ${CONTAINER:-} ]]; then
         export CONTAINER PATH="$REPO/scripts/job/container:$PATH"
         check_container
@@ -51,17 +52,18 @@ choose_python() {                                      # the container of the ED
 }
 
 prepare_training() {                                   # every process that trains
-    export PYTHONPATH="$REPO/scripts/raytune_hpo/raytune_asha_scheduler${PYTHONPATH:+:$PYTHONPATH}"   # other scripts import the lesson
+    # Other scripts, and the processes of Ray, import the lesson.
+    export PYTHONPATH="$REPO/scripts/raytune_hpo/raytune_asha_scheduler${PYTHONPATH:+:$PYTHONPATH}"
     export PYTORCH_NVML_BASED_CUDA_CHECK=1             # asking whether there are GPUs must not initialise CUDA
     export TORCHDYNAMO_DISABLE=1                       # else DeepSpeed loads torch's compiler: 1.3 s a process
-    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1   # glibc reuses freed memory: fresh pages for gradients took a third of a step
-    export GOMP_SPINCOUNT=1000                         # waiting threads give their core away: else trials that share cores take up to 30 times as long
+    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1   # glibc keeps freed memory: fresh pages took a third of a step
+    export GOMP_SPINCOUNT=1000                         # else trials that share cores can take 30 times as long
     export TOKENIZERS_PARALLELISM=false                # else it warns at every fork
     export TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1   # the log is for results
 }
 
-prepare_cluster() {                                    # prepare_cluster ADDRESS...: every process of Ray; the nodes it must reach
-    no_proxy=$(IFS=,; echo "${no_proxy:+$no_proxy,}localhost,127.0.0.1,$*")   # nothing inside the cluster goes through a proxy
+prepare_cluster() {                                    # prepare_cluster ADDRESS...: Ray's processes; no proxy to these
+    no_proxy=$(IFS=,; echo "${no_proxy:+$no_proxy,}localhost,127.0.0.1,$*")
     export no_proxy NO_PROXY=$no_proxy no_grpc_proxy=$no_proxy
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$RUN_DIR/token"   # who cannot read the file cannot connect
     export RAY_gcs_rpc_server_reconnect_timeout_s=10   # workers leave soon after a head that died

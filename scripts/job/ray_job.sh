@@ -1,22 +1,31 @@
 # shellcheck shell=bash
-# What the .slurm scripts share: the lines of their logs, the node's resources, starting Ray, and ending exactly what
-# they started. They set, before they source this file:
-#   ROLE      head, worker or manual
-#   REPO      top of the repository
-# and, once it is known,
-#   RUN_DIR   folder of the run, seen by all its nodes
-# It sets
-#   JOB       name of this job or run, unique on the cluster (Slurm job id, or local-...)
+# What the .slurm scripts share: log, record, the node's resources, starting Ray, and ending exactly what they started.
+# They set ROLE (head, worker, manual or save) and REPO (top of the repository) before they source this file, and
+# RUN_DIR once there is a run folder. It sets JOB: this job's name, unique on the cluster (Slurm job id, or local-...).
 
 # shellcheck source=SCRIPTDIR/environment.sh
 source "$REPO/scripts/job/environment.sh"
-export ON_SLURM=""                                     # started by sbatch? Slurm runs a copy of the script, of this name;
-[[ ${0##*/} != slurm_script ]] || ON_SLURM=yes         # inside salloc or JupyterHub there is a job id, and nothing to submit
+export ON_SLURM=""                                     # started by sbatch? Then Slurm runs a copy of this name; inside
+[[ ${0##*/} != slurm_script ]] || ON_SLURM=yes         # salloc or JupyterHub there is a job id, and nothing to submit
+on_slurm() { [[ -n $ON_SLURM ]]; }
 JOB=local-$(date +%m%d-%H%M%S)-$$
-[[ -z $ON_SLURM ]] || JOB=$SLURM_JOB_ID
+! on_slurm || JOB=$SLURM_JOB_ID
+RECORD="" AT="" TEE="" WATCH="" HEAD_ADDRESS=""        # not somebody else's variables of these names
 
-banner() {                                             # banner START|FINISH
-    printf '===== JOB %s %-6s : %s =====\n' "$JOB" "$1" "$(date '+%Y-%m-%d %H:%M:%S %Z')"
+# ---- The log ---------------------------------------------------------------------------------------------------------
+open_log() {                                           # open_log logs/NAME: sets LOG, the file of --output
+    LOG=$(readlink "/proc/$$/fd/1")
+    if ! on_slurm; then                                # terminal and log file, as Slurm would write it
+        LOG=$1-$JOB.out
+        exec > >(trap '' HUP; exec tee -ip "$LOG") 2>&1   # goes on writing when the terminal is closed
+        TEE=$!                                         # finish waits for it
+    fi
+}
+
+banner() {                                             # banner START|FINISH; for the record: this MOMENT, and as TEXT
+    MOMENT=$(date +%s.%3N)
+    TEXT=$(date -d "@$MOMENT" '+%Y-%m-%d %H:%M:%S %Z')
+    printf '===== JOB %s %-6s : %s =====\n' "$JOB" "$1" "$TEXT"
 }
 
 say() {                                                # one line of the log, with time, role and host
@@ -27,31 +36,6 @@ fail() {                                               # the cause and the fix, 
     printf 'ERROR: %s\n' "$*" >&2
     exit 1
 }
-
-no_room() {                                            # no_room FOLDER: what to tell the user
-    echo "cannot write to the run folder $1; is the disk full, or the quota reached?"
-}
-
-publish() {                                            # publish NAME: its input as a file of the run, by rename, so that nobody reads half of it
-    { cat >"$RUN_DIR/.$1" && mv "$RUN_DIR/.$1" "$RUN_DIR/$1"; } 2>/dev/null || fail "$(no_room "$RUN_DIR")"
-}
-
-on_slurm() { [[ -n $ON_SLURM ]]; }
-
-# ask COMMAND...: what squeue or scontrol answers. A controller that is too busy to answer is asked again for a minute.
-ask() {
-    local answer deadline=$((SECONDS + 60))
-    until answer=$("$@" 2>&1); do
-        is_busy "$answer" && ((SECONDS < deadline)) || return 1
-        sleep 3
-    done
-    printf '%s\n' "$answer"
-}
-
-# Slurm's words, and those of its libraries, for a controller that does not get to it.
-is_busy() { grep -qiE 'timed out|unable to contact|unable to establish|connection (refused|reset)|zero bytes|temporarily' <<<"$1"; }
-
-job_id() { sed -nE 's/^(Submitted batch job )?([0-9]+)(;.*)?$/\2/p' <<<"$1" | tail -n 1; }   # from sbatch's output, whatever a site adds to it
 
 frame_the_log() {                                      # START now, FINISH in every ending but kill -9
     trap finish EXIT
@@ -68,46 +52,121 @@ finish() {                                             # first the script's own 
     ! declare -F before_finish >/dev/null || before_finish "$status"
     end_owned
     banner FINISH
-    if [[ -n ${TEE:-} ]]; then
+    AT=$MOMENT record finished status: "$status" finish "$TEXT"
+    if [[ -n $TEE ]]; then
         exec >&- 2>&-                                  # tee ends once nobody writes to it: then the log is complete
         wait "$TEE"
     fi
     exit "$status"
 }
 
+# ---- The run folder and its record -----------------------------------------------------------------------------------
+no_room() {                                            # no_room FOLDER: what to tell the user
+    echo "cannot write to the run folder $1; is the disk full, or the quota reached?"
+}
+
+new_folder() {                                         # new_folder HERE: prints the path of a new run's folder
+    local folder=$1/runs/$JOB                          # Slurm can give a job id again, say in a new sandbox
+    [[ ! -e $folder ]] || folder+=-$(date +%m%d-%H%M%S)
+    echo "$folder"
+}
+
+publish() {                                            # publish NAME: its input as a file, whole from the beginning
+    { cat >"$RUN_DIR/.$1" && mv "$RUN_DIR/.$1" "$RUN_DIR/$1"; } 2>/dev/null || fail "$(no_room "$RUN_DIR")"
+}
+
+begin_record() {                                       # begin_record KIND: from now on this job adds to it
+    local name pairs=()
+    RECORD=$RUN_DIR/events.jsonl
+    AT=$MOMENT record started job "$JOB" script "$SCRIPT" log "$LOG" start "$TEXT" kind "$1"
+    while IFS='= ' read -r _ name _; do                # export NAME=...
+        [[ $name == SEARCH_SCRIPT ]] || pairs+=("$name" "${!name}")
+    done <<<"$SETTINGS"
+    record settings "${pairs[@]}"
+    recorded settings "$RUN_DIR" || fail "$(no_room "$RUN_DIR")"
+}
+
+# record EVENT [NAME VALUE]...: one line, in one write, with the time AT or now. A value is text; that of a NAME: with a
+# colon is JSON already, such as a number. If the disk is full, this line is lost and nothing else.
+record() {
+    [[ -n $RECORD ]] || return 0
+    local name value code line
+    line="{\"time\": \"$(date -u ${AT:+-d "@$AT"} +%Y-%m-%dT%H:%M:%S.%3NZ)\", \"event\": \"$1\""
+    shift
+    while (($#)); do
+        name=$1 value=$2
+        shift 2
+        if [[ $name != *: ]]; then
+            value=${value//\\/"\\\\"}
+            value=${value//\"/"\\\""}
+            while [[ $value =~ [[:cntrl:]] ]]; do
+                printf -v code '\\u%04x' "'${BASH_REMATCH[0]}"
+                value=${value//"${BASH_REMATCH[0]}"/"$code"}
+            done
+            value="\"$value\""
+        fi
+        line+=", \"${name%:}\": $value"
+    done
+    [[ ! -s $RECORD || -z $(tail -c 1 "$RECORD") ]] || line=$'\n'$line   # the last one was cut off
+    { printf '%s}\n' "$line" >>"$RECORD"; } 2>/dev/null || true
+}
+
+record_worker() {                                      # record_worker JOB NODE CPUS GPUS SLOTS WORDS
+    record worker_joined job "$1" node "$2" cpus: "$3" gpus: "$4" precision "${6##* }" slots: "$5" words "$6"
+}
+
+recorded() { grep -q "\"event\": \"$1\"" "$2/events.jsonl" 2>/dev/null; }   # recorded EVENT RUN_FOLDER
+
+# ---- Slurm -----------------------------------------------------------------------------------------------------------
+# ask COMMAND...: what squeue or scontrol answers. A controller that is too busy to answer is asked again for a minute.
+ask() {
+    local answer deadline=$((SECONDS + 60))
+    until answer=$("$@" 2>&1); do
+        is_busy "$answer" && ((SECONDS < deadline)) || return 1
+        sleep 3
+    done
+    printf '%s\n' "$answer"
+}
+
+# Slurm's words, and those of its libraries, for a controller that does not get to it.
+is_busy() {
+    grep -qiE 'timed out|unable to (contact|establish)|connection (refused|reset)|zero bytes|temporarily' <<<"$1"
+}
+
+job_id() {                                             # from sbatch's output, whatever a site adds to it
+    sed -nE 's/^(Submitted batch job )?([0-9]+)(;.*| on cluster .*)?$/\2/p' <<<"$1" | tail -n 1
+}
+
 look_around() {                                        # was this job started as it is meant to be?
     local nodes
-    if on_slurm; then
-        [[ ${SLURM_EXPORT_ENV:-ALL} == ALL* ]] ||
-            say "WARNING: of the variables set in front of sbatch, RESUME included, none came here but those of --export=$SLURM_EXPORT_ENV: sbatch --export=ALL"
-    elif [[ -n ${SLURM_JOB_ID:-} ]]; then              # salloc, JupyterHub, a container of a job
+    if on_slurm && [[ ${SLURM_EXPORT_ENV:-ALL} != ALL* ]]; then
+        say "WARNING: of the variables set in front of sbatch, RESUME included, none came here" \
+            "but those of --export=$SLURM_EXPORT_ENV: sbatch --export=ALL"
+    elif ! on_slurm && [[ -n ${SLURM_JOB_ID:-} ]]; then   # salloc, JupyterHub, a container of a job
         nodes=$(scontrol show hostnames 2>/dev/null) || true
         [[ -n ${SLURMD_NODENAME:-} || -z $nodes ]] || grep -qx "$(hostname -s)" <<<"$nodes" ||
-            fail "SLURM_JOB_ID=$SLURM_JOB_ID: $(hostname -s) is not a node of this job ($(xargs <<<"$nodes")); first srun --pty bash, or use sbatch"
+            fail "SLURM_JOB_ID=$SLURM_JOB_ID: $(hostname -s) is not a node of this job ($(xargs <<<"$nodes"));" \
+                "first srun --pty bash, or use sbatch"
         say "inside Slurm job $SLURM_JOB_ID, but not by sbatch: this node alone is used, and no jobs are submitted"
     fi
 }
 
+# ---- This node -------------------------------------------------------------------------------------------------------
 node_address() {                                       # the address other nodes reach this one at
-    if [[ -n ${NODE_ADDRESS:-} ]]; then
-        printf '%s\n' "$NODE_ADDRESS"
-    elif ! on_slurm; then
-        printf '127.0.0.1\n'
-    else                                               # Slurm itself reaches this node at its NodeAddr
-        local name address
+    local name address=${NODE_ADDRESS:-127.0.0.1}
+    if [[ -z ${NODE_ADDRESS:-} ]] && on_slurm; then    # Slurm itself reaches this node at its NodeAddr
         name=$(ask scontrol show node "${SLURMD_NODENAME:-$(hostname -s)}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
         name=${name:-$(hostname)}
         address=$(getent ahostsv4 "$name" | awk 'NR == 1 { print $1 }')
-        if [[ $address == 127.* && $name != 127.* ]]; then   # its own name in /etc/hosts, as Debian writes it; no other node reaches that
-            address=$(hostname -I | awk 'END { print NF ? $1 : "127.0.0.1" }')
-        fi
-        printf '%s\n' "$address"
+        # In Debian's /etc/hosts a node's own name has an address that no other node reaches.
+        [[ $address != 127.* || $name == 127.* ]] || address=$(hostname -I | awk '{ print NF ? $1 : "127.0.0.1" }')
     fi
+    echo "$address"
 }
 
 free_port() { python -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])'; }
 
-look_at_node() {                                       # sets CPUS, GPUS, Gw (GPUs of each worker of a trial) and NODE, the node in words
+look_at_node() {                                       # sets CPUS, GPUS, Gw (GPUs of a trial's worker), NODE (in words)
     local found
     found=$(python "$REPO/scripts/job/this_node.py") || exit 1
     read -r CPUS GPUS Gw NODE <<<"$found"
@@ -127,6 +186,7 @@ measure_node() {                                       # sets SLOTS (trials at o
     OFFER=(--num-cpus="$((SLOTS * W * Cw))" --num-gpus="$GPUS" --resources="{\"trial_slot\": $SLOTS}")
 }
 
+# ---- Ray -------------------------------------------------------------------------------------------------------------
 prepare_ray() {                                        # environment, folder and log of this job's Ray processes
     prepare_cluster "$(node_address)" ${HEAD_ADDRESS:+"${HEAD_ADDRESS%:*}"}
     prepare_training
@@ -141,13 +201,19 @@ prepare_ray() {                                        # environment, folder and
 # start_ray OPTIONS...: in the background, in the foreground of a process that can be watched: $RAY
 start_ray() {
     (owned ray start --block --node-ip-address="$(node_address)" --temp-dir="$RAY_TMP/r" --disable-usage-stats \
-        --object-store-memory=500000000 --include-log-monitor=false --dashboard-agent-listen-port=0 "$@" >"$RAY_LOG" 2>&1) &
+        --object-store-memory=500000000 --include-log-monitor=false --dashboard-agent-listen-port=0 "$@" \
+        >"$RAY_LOG" 2>&1) &
     RAY=$!
 }
 
 ray_started() {                                        # for wait_until
-    kill -0 "$RAY" 2>/dev/null || fail "Ray ended at its start$(likely_cause): $(last_error) (all of it: $RAY_LOG)"
-    [[ -s $RAY_TMP/r/ray_current_cluster ]]            # the head's address; the last that Ray writes, on both kinds of nodes
+    kill -0 "$RAY" 2>/dev/null || fail "Ray ended at its start$(likely_cause):" \
+        "$(last_error "$RAY_LOG" || tail -n 1 "$RAY_LOG") (all of it: $RAY_LOG)"
+    [[ -s $RAY_TMP/r/ray_current_cluster ]]            # the head's address; the last that Ray writes, on all nodes
+}
+
+last_error() {                                         # last_error FILE: the end of a trace, which names the error
+    grep -E '^[A-Za-z_.]+(Error|Exception)\b' "$1" | tail -n 1 | cut -c1-300 | grep .
 }
 
 end_ray() {                                            # this can take a while; end_owned ends what is left
@@ -155,16 +221,12 @@ end_ray() {                                            # this can take a while; 
     kill "$RAY" 2>/dev/null || true
 }
 
-last_error() {                                         # from Ray's log: the last line of a trace, which names the error
-    grep -E '^[A-Za-z_.]+(Error|Exception): ' "$RAY_LOG" | tail -n 1 | cut -c1-300 | grep . || tail -n 1 "$RAY_LOG"
-}
-
-likely_cause() {                                       # when Ray itself only says "overloaded" or "GCS may have been killed"
+likely_cause() {                                       # Ray itself only says "overloaded" or "GCS may have been killed"
     python "$REPO/scripts/job/this_node.py" --why "$(node_address)"
 }
 
 owned() {                                              # run a command whose process tree end_owned can find
-    exec env HPO_OWNER="$RUN_DIR $ROLE $JOB" SPT_NOENV=1 "$@"   # some of Ray's write their title over it without SPT_NOENV
+    exec env HPO_OWNER="$RUN_DIR $ROLE $JOB" SPT_NOENV=1 "$@"   # else some of Ray's write their title over it
 }
 
 owned_pids() {
@@ -174,7 +236,7 @@ owned_pids() {
 # Ray starts a dozen processes, some of which survive their parent. All inherit the mark that owned() set, and no other
 # process has it: 'ray stop' would end every Ray process of the user on this node, other runs' too.
 end_owned() {
-    [[ -z ${WATCH:-} ]] || kill -s KILL "$WATCH" 2>/dev/null
+    [[ -z $WATCH ]] || kill -s KILL "$WATCH" 2>/dev/null
     local pids signal deadline=$((SECONDS + 2))
     disown -a                                          # else bash reports each of them as "Killed" in the log
     for signal in TERM KILL; do
@@ -206,7 +268,7 @@ wait_until() {
     shift 2
     until "$@"; do
         ((SECONDS - start < limit)) || fail "waited $limit s for $what; giving up"
-        if ((SECONDS - start >= next)); then           # no $(...) each time: a signal then is a syntax error to bash 5.2
+        if ((SECONDS - start >= next)); then           # no $(...) each time: bash 5.2 fails at a signal then
             say "waiting for $what: $((SECONDS - start)) s of $limit s"
             next=$(((SECONDS - start) / 60 * 60 + 60))
         fi

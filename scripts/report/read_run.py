@@ -208,8 +208,9 @@ def take(run, what, event, now):
         if seconds := event.get("seconds"):  # Slurm's record begins earlier: with the job, not with Ray on it
             worker.since, worker.by_slurm = min(worker.since, worker.until - seconds), True
             worker.until = worker.since + seconds
-    elif what == "search" and not event["continues"]:  # Ray had saved no trial of the job before
-        run.trials = {}
+    elif what == "search":
+        run.scheduler = clean(event.get("scheduler", run.scheduler))
+        run.trials = run.trials if event["continues"] else {}  # if Ray had saved none of the job before
     elif what == "forecast":
         run.forecast = clean(event["text"])
     elif what == "finished":
@@ -230,8 +231,6 @@ def take_trial(run, what, event, now):
         seconds = event.get("seconds") and float(event["seconds"])
         trial.reports[float(event["epoch"])] = Report(loss, float(event["epoch"]), seconds, now, trial.params)
         trial.decision = event.get("decision")
-    elif what == "trial_copied":
-        run.scheduler = "PBT"  # only its trials copy one another
     elif what == "trial_ended":
         trial.ended, trial.cause = True, clean(event.get("error") or "")
         trial.status = "FAILED" if trial.cause else ""

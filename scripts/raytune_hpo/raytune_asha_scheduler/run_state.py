@@ -3,10 +3,10 @@ events.jsonl, from which pictures and comparisons are made, and a lost node cost
 
 events.jsonl, in the run folder, has a line for each thing that happens: a JSON object with "time" (UTC) and "event".
 The head script writes those of the job, this file those of the trials: trial_started {trial, config}; report {trial,
-epoch, eval_loss (null: not finite), seconds, training_iteration, decision}, from which a continued run knows its rungs;
-trial_lost {trial}; trial_ended {trial, error (null: none)}; best {eval_loss, epoch, time_total_s, config}. search
-{continues} is their beginning: without an earlier part that could be continued, what stands before it is void. Ray
-itself saves the trials (tune/), but not their scheduler.
+epoch, eval_loss (null: not finite), seconds, training_iteration, decision, config}, from which a continued run knows its
+rungs; trial_lost {trial}; trial_ended {trial, error (null: none)}; best {eval_loss, epoch, time_total_s, config}. search
+{scheduler, continues} is their beginning: if it continues no earlier part, the trials before it are void. Ray itself
+saves the trials (tune/), but not their scheduler.
 """
 
 import json
@@ -25,6 +25,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from raytune_asha_hpo import say
 
+SHORT_NAMES = {"AsyncHyperBandScheduler": "ASHA"}  # Ray's own name of the class is the older one
 RESTARTS = 3  # of a trial whose node was lost, for each worker node
 TESTED = ("2.60.0",)  # versions of Ray in which should_recover below decides on a restart
 
@@ -36,8 +37,8 @@ def attach(s, run_dir, tune_config, run_config):
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(max(0.5, s.NUM_SAMPLES / 100)))
     # Prepare only as many trials as can start, so that they start in the order drawn.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(int(ray.cluster_resources()["trial_slot"]))
-    saved = newest_state(run_dir / "tune")
-    remembering = Remembering(tune_config.scheduler, read_record(run_dir) if saved else [])
+    saved, name = newest_state(run_dir / "tune"), type(tune_config.scheduler).__name__
+    remembering = Remembering(tune_config.scheduler, run_dir)
     if type(tune_config.scheduler) in (AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule):
         tune_config.scheduler = remembering
     run_config.callbacks.append(Recorder(run_dir, remembering))
@@ -46,7 +47,7 @@ def attach(s, run_dir, tune_config, run_config):
         run_config.failure_config = tune.FailureConfig(max_failures=RESTARTS * s.WORKER_NODES)
     else:
         say(f"Ray {ray.__version__} is not {' or '.join(TESTED)}: a trial fails if its node is lost")
-    record(run_dir, "search", continues=saved is not None)
+    record(run_dir, "search", scheduler=SHORT_NAMES.get(name, name), continues=saved is not None)
     if not saved:
         return tune.Tuner
     say(f"continues the run in {run_dir}: finished and stopped trials stay as they are")
@@ -111,11 +112,22 @@ def read_record(run_dir):
     return events
 
 
+def reports_so_far(run_dir):
+    """The reports of this search with a loss, and of the earlier parts that it continues."""
+    reports = []
+    for event in read_record(run_dir):
+        if event["event"] == "search" and not event["continues"]:
+            reports = []
+        elif event["event"] == "report" and event["eval_loss"] is not None:
+            reports.append(event)
+    return reports
+
+
 class Recorder(tune.Callback):
     """Writes the events of the trials."""
 
     def __init__(self, run_dir, remembering):
-        self.run_dir, self.decisions = run_dir, remembering.decisions
+        self.run_dir, self.remembering = run_dir, remembering
 
     def on_trial_start(self, iteration, trials, trial, **info):
         record(self.run_dir, "trial_started", trial=str(trial), config=trial.config["train_loop_config"])
@@ -123,10 +135,11 @@ class Recorder(tune.Callback):
     def on_trial_result(self, iteration, trials, trial, result, **info):
         loss, epoch = result["eval_loss"], result["epoch"]
         # Without a decision of the scheduler: all epochs are trained, or the loss is not finite.
-        decision = self.decisions.get((trial.trial_id, epoch), "STOP" if result.get("done") else "CONTINUE")
+        decision = self.remembering.decisions.get((trial.trial_id, epoch), "STOP" if result.get("done") else "CONTINUE")
         record(self.run_dir, "report", trial=str(trial), trial_id=trial.trial_id, epoch=epoch,
                eval_loss=loss if math.isfinite(loss) else None, seconds=result["time_total_s"],
-               training_iteration=result["training_iteration"], decision=decision)  # fmt: skip
+               training_iteration=result["training_iteration"], decision=decision,
+               config=trial.config["train_loop_config"])  # fmt: skip
 
     def on_trial_recover(self, iteration, trials, trial, **info):
         record(self.run_dir, "trial_lost", trial=str(trial))
@@ -139,27 +152,23 @@ class Recorder(tune.Callback):
 
     def on_experiment_end(self, trials, **info):
         """What best_report() prints: the lowest loss of trials without error, and its configuration at that time."""
-        failed, configs, reports = {str(trial) for trial in trials if trial.status == Trial.ERROR}, {}, []
-        for row in read_record(self.run_dir):
-            if row["event"] == "trial_started":
-                configs[row["trial"]] = row["config"]
-            elif row["event"] == "report" and row["eval_loss"] is not None and row["trial"] not in failed:
-                reports.append((row["eval_loss"], row["epoch"], row["seconds"], configs[row["trial"]]))
+        failed = {str(trial) for trial in trials if trial.status == Trial.ERROR}
+        reports = [report for report in reports_so_far(self.run_dir) if report["trial"] not in failed]
         if reports:
-            best = zip(("eval_loss", "epoch", "time_total_s", "config"), min(reports, key=lambda report: report[0]))
-            record(self.run_dir, "best", **dict(best))
+            best = min(reports, key=lambda report: report["eval_loss"])
+            record(self.run_dir, "best", eval_loss=best["eval_loss"], epoch=best["epoch"],
+                   time_total_s=best["seconds"], config=best["config"])  # fmt: skip
 
 
 class Remembering(TrialScheduler):
-    """A scheduler that knows the decisions of the earlier part of a run: `events`, its record.
+    """A scheduler that knows the decisions of the earlier part of a run.
 
-    It is told these reports once more, in order, so its rungs are what they were. A trial that runs again gets
-    the decisions that it had at the same epochs.
+    Ray restores it as it was before the first trial. Then it is told the reports of the record once more, in order, so
+    its rungs are what they were. A trial that runs again gets the decisions that it had at the same epochs.
     """
 
-    def __init__(self, scheduler, events):
-        self.scheduler, self.decisions = scheduler, {}
-        self.earlier = [row for row in events if row.get("event") == "report" and row["eval_loss"] is not None]
+    def __init__(self, scheduler, run_dir):
+        self.scheduler, self.run_dir, self.decisions, self.knows_earlier = scheduler, run_dir, {}, False
 
     @property
     def metric(self):
@@ -169,14 +178,14 @@ class Remembering(TrialScheduler):
         return self.scheduler.set_search_properties(metric, mode, **spec)
 
     def on_trial_add(self, controller, trial):
-        for row in self.earlier:
+        for row in [] if self.knows_earlier else reports_so_far(self.run_dir):
             if (row["trial_id"], row["epoch"]) in self.decisions:
                 continue  # trained twice, since the run was cut short
             told = SimpleNamespace(trial_id=row["trial_id"])
             self.scheduler.on_trial_add(controller, told)
             self.scheduler.on_trial_result(controller, told, row)
             self.decisions[row["trial_id"], row["epoch"]] = row["decision"]
-        self.earlier = []
+        self.knows_earlier = True
         self.scheduler.on_trial_add(controller, trial)
 
     def on_trial_result(self, controller, trial, result):

@@ -24,7 +24,7 @@ def attach(s, run_dir, space, tune_config, run_config):
     # A failed trial has its line below and its trace in error.txt; Ray's message would repeat them.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     name = type(tune_config.scheduler).__name__
-    run_config.callbacks.append(TrialLines(s, SHORT_NAMES.get(name, name)))
+    run_config.callbacks.append(TrialLines(s, run_dir, SHORT_NAMES.get(name, name)))
     run_config.progress_reporter = FinalTable(
         metric_columns={"training_iteration": "iter", "time_total_s": "total time (s)", "eval_loss": "eval_loss"},
         parameter_columns=[f"train_loop_config/{name}" for name in space["train_loop_config"]],
@@ -54,8 +54,8 @@ class Numbers:
 class TrialLines(tune.Callback):
     """One line for each event of a trial."""
 
-    def __init__(self, s, scheduler):
-        self.s, self.scheduler, self.best, self.ended = s, scheduler, math.inf, set()
+    def __init__(self, s, run_dir, scheduler):
+        self.s, self.run_dir, self.scheduler, self.best, self.ended = s, run_dir, scheduler, math.inf, set()
         self.many = s.NUM_SAMPLES > MANY_TRIALS
 
     def drawn(self, trial):
@@ -94,7 +94,7 @@ class TrialLines(tune.Callback):
     def on_trial_error(self, iteration, trials, trial, **info):
         run_state = neighbour("run_state")
         cause = f"{run_state.cause_of(trial)} " if run_state else ""
-        say(f"{trial}  FAILED     {cause}(full trace: {trial.error_file})")
+        say(f"{trial}  FAILED     {cause}(full trace: {self.run_dir}/tune/{trial}/error.txt)")
         self.count(trial, trials)
 
     def count(self, trial, trials):

@@ -39,7 +39,7 @@ def mutations(s):
     return {"lr": tune.loguniform(s.LR_LOWER, s.LR_UPPER), "wd": s.WD_CHOICES}
 
 
-class Pbt(PopulationBasedTraining):
+class PBT(PopulationBasedTraining):
     def choose_trial_to_run(self, controller):
         """The one furthest behind. Ray's own choice can be a copy for ever, while its donor never runs."""
         waiting = [each for each in controller.get_trials() if each.status in (each.PENDING, each.PAUSED)]
@@ -49,7 +49,7 @@ class Pbt(PopulationBasedTraining):
 def scheduler(s):
     random.seed(s.SEED)  # PBT draws from both
     numpy.random.seed(s.SEED)
-    return Pbt(
+    return PBT(
         metric="eval_loss", mode="min", time_attr="epoch", perturbation_interval=INTERVAL,
         hyperparam_mutations={"train_loop_config": mutations(s)},
     )
