@@ -2,11 +2,16 @@
 events.jsonl, from which pictures and comparisons are made, and a lost node costs its trials.
 
 events.jsonl, in the run folder, has a line for each thing that happens: a JSON object with "time" (UTC) and "event".
-The head script writes those of the job, this file those of the trials: trial_started {trial, config}; report {trial,
-epoch, eval_loss (null: not finite), seconds, training_iteration, decision, config}, from which a continued run knows its
-rungs; trial_lost {trial}; trial_ended {trial, error (null: none)}; best {eval_loss, epoch, time_total_s, config}. search
-{scheduler, continues} is their beginning: if it continues no earlier part, the trials before it are void. Ray itself
-saves the trials (tune/), but not their scheduler.
+The head script writes those of the job, this file those of the trials:
+
+    search         scheduler, continues; if false, it continues no earlier part, and the trials before it are void
+    trial_started  trial, config
+    report         trial, trial_id, epoch, eval_loss (null: not finite), seconds, training_iteration, decision, config
+    trial_lost     trial; its node was lost, and it starts again
+    trial_ended    trial, error (null: none)
+    best           eval_loss, epoch, time_total_s, config, as in the line under "Best Trial Result:"
+
+From the reports a continued run knows its rungs: Ray saves the trials (tune/), but not their scheduler.
 """
 
 import json
