@@ -13,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+import deepspeed
 from conftest import SCRIPT, load_module
 from deepspeed.accelerator import get_accelerator
 from transformers import TrainerCallback
@@ -37,34 +38,28 @@ class Watch(TrainerCallback):
         self.seen["epoch"] = state.epoch
 
     def on_train_end(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
-        import deepspeed
-
         total = 0.0  # of the absolute values of all weights; with ZeRO-3 they are gathered first
         for parameter in model.parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 total += parameter.detach().double().abs().sum().item()
-        self.seen |= {"skipped": state.global_step - lr_scheduler.last_epoch}
-        self.seen |= {"weights": total, "steps": state.global_step, "optimizer": type(optimizer.optimizer).__name__}
+        self.seen |= {"skipped": state.global_step - lr_scheduler.last_epoch, "steps": state.global_step}
+        self.seen |= {"weights": total, "optimizer": type(optimizer.optimizer).__name__}
 
 
-def main():
-    model, squad, *trainings = sys.argv[1:]
-    small = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "1"}
-    settings = hpo.read_settings({"MODEL_NAME": model, "SQUAD_DATA": squad} | small)
-    rows, results, written = hpo.load_squad(settings), [], Path(f"{sys.argv[0]}.{os.getpid()}.json")
-    for training in map(json.loads, trainings):
-        stage, watch = training.pop("engine", 2), Watch()
-        settings.PRECISION, settings.MODEL_NAME = training.pop("precision", "auto"), training.pop("model", model)
-        config = SHIPPED | {"zero_optimization": SHIPPED["zero_optimization"] | {"stage": stage}}
-        if stage == "no zero":
-            del config["zero_optimization"]
-        written.write_text(json.dumps(config))
-        hpo.DS_CONFIG = None if stage == "none" else written
-        hpo.fine_tune(training, settings, *rows, callbacks=[watch])
-        results.append(watch.seen)
-    written.unlink()
-    if os.environ["RANK"] == "0":
-        print("RESULT " + json.dumps(results), flush=True)
-
-
-main()
+model, squad, *trainings = sys.argv[1:]
+small = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "1"}
+settings = hpo.read_settings({"MODEL_NAME": model, "SQUAD_DATA": squad} | small)
+rows, results, written = hpo.load_squad(settings), [], Path(f"{sys.argv[0]}.{os.getpid()}.json")
+for training in map(json.loads, trainings):
+    stage, watch = training.pop("engine", 2), Watch()
+    settings.PRECISION, settings.MODEL_NAME = training.pop("precision", "auto"), training.pop("model", model)
+    config = SHIPPED | {"zero_optimization": SHIPPED["zero_optimization"] | {"stage": stage}}
+    if stage == "no zero":
+        del config["zero_optimization"]
+    written.write_text(json.dumps(config))
+    hpo.DS_CONFIG = None if stage == "none" else written
+    hpo.fine_tune(training, settings, *rows, callbacks=[watch])
+    results.append(watch.seen)
+written.unlink()
+if os.environ["RANK"] == "0":
+    print("RESULT " + json.dumps(results), flush=True)

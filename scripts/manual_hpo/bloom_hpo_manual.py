@@ -13,75 +13,74 @@ appends that as a row to a file. With --save it keeps the model of that epoch, f
 import argparse
 import contextlib
 import csv
-import json
 import math
 import os
 import sys
 import time
 from pathlib import Path
 
+import rooms  # noqa: F401  # isort: skip
+
 import check_inputs
 import raytune_asha_hpo as hpo
 import read_run
-import rooms  # noqa: F401
+import run_state
 import saved_model
 from check_inputs import InputError
 
 COLUMNS = ("lr", "per_device_bs", "wd", "eval_loss", "epoch", "runtime_s")
+FIRST = os.environ.get("RANK", "0") == "0"
 
 
 def best_configuration(run_folder):
-    """The train_loop_config of the lowest finite eval_loss that a search has reported in this run folder.
-
-    Raises InputError if there is none.
-    """
+    """The train_loop_config of the lowest finite eval_loss in the record of a run. InputError if there is none."""
     if found := read_run.lowest_losses(run_folder):
         return found[0][1]
     why = "no results of a search in this folder"
     raise InputError(f"--best={str(run_folder)!r}: {why}; give one such as runs/<jobid>")
 
 
-def settings_of(run_folder):
-    """The variables of the run as they were set; none if it has no settings.json."""
-    try:
-        return dict(json.loads(Path(run_folder, "settings.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def train(hyperparameters, settings, csv_file, new_model=None):
-    """Trains in this process group; rank 0 prints and, if csv_file is given, writes the result.
+def train(hyperparameters, settings, csv_file=None, record_file=None, new_model=None):
+    """Trains in this process group; rank 0 prints the result, and writes it to the files that are given.
 
     new_model: a saved_model.NewModel, which keeps the weights of the epoch with the lowest loss.
     """
     from transformers import TrainerCallback
 
-    first = os.environ.get("RANK", "0") == "0"
-    start = time.monotonic()
+    start, reports = time.monotonic(), []
     drawn = " ".join(f"{key}={value}" for key, value in hyperparameters.items())
-    reports = []
+
+    def record(event, **fields):
+        if FIRST and record_file:
+            run_state.record(record_file.parent, event, trial=drawn, **fields)
 
     class PrintReport(TrainerCallback):
         """One line for each evaluation."""
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            loss = metrics["eval_answer_loss"]
-            lowest = math.isfinite(loss) and loss < min((seen for seen, _ in reports), default=math.inf)
-            if lowest and new_model:
+            loss, epoch = metrics["eval_answer_loss"], round(state.epoch)
+            finite = math.isfinite(loss)
+            if new_model and finite and loss < min(reports, default=(math.inf,))[0]:
                 new_model.keep(kwargs["model"])
-            reports.append((loss if math.isfinite(loss) else math.inf, round(state.epoch)))
-            if first:
-                epoch = f"epoch {round(state.epoch)}/{settings.NUM_EPOCHS}"
-                text = f"{drawn}  {epoch}  eval_loss {loss:.5f}"
+            reports.extend([(loss, epoch)] if finite else [])
+            if FIRST:
+                text = f"{drawn}  epoch {epoch}/{settings.NUM_EPOCHS}  eval_loss {loss:.5f}"
                 print(f"{time.strftime('%H:%M:%S')} manual | {text}", flush=True)
+            record("report", epoch=epoch, eval_loss=loss if finite else None, seconds=time.monotonic() - start,
+                   training_iteration=epoch, decision="CONTINUE")
 
-    hpo.fine_tune(hyperparameters, settings, *hpo.load_squad(settings), callbacks=[PrintReport()])
-    if not first:
+    record("trial_started", config=hyperparameters)
+    try:
+        hpo.fine_tune(hyperparameters, settings, *hpo.load_squad(settings), callbacks=[PrintReport()])
+    except Exception as error:
+        record("trial_ended", error=f"{type(error).__name__}: {error}".splitlines()[0])
+        raise
+    record("trial_ended", error=None)
+    if not FIRST:
         return
-    finite = [report for report in reports if math.isfinite(report[0])]
-    if not finite:
+    if not reports:
         raise InputError(f"{drawn}: diverged, no epoch has a finite eval_loss; use a lower learning rate")
-    loss, epoch = min(finite)
+    loss, epoch = min(reports)
     runtime = time.monotonic() - start
     if new_model:
         new_model.finish(settings, {"hyperparameters": hyperparameters, "eval_loss": loss, "epoch": epoch})
@@ -105,6 +104,7 @@ def main():
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the model of the best epoch here")
     columns = ", ".join(COLUMNS)
     parser.add_argument("--csv", type=Path, metavar="FILE", help=f"append the result here ({columns})")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="record the training in this events.jsonl")
     a = parser.parse_args()
     by_hand = (a.lr, a.bs, a.wd)
     if (None in by_hand) if a.best is None else (by_hand != (None, None, None)):
@@ -117,21 +117,22 @@ def main():
             value[option] = None if text is None else check_inputs.read_number(name, text)
         except InputError as error:
             problems.append(f"--{option}={text!r:.500}: {error}")
-    if a.csv and (a.csv.is_dir() or not a.csv.absolute().parent.is_dir()):
-        problems.append(f"--csv={str(a.csv)!r}: not a file in an existing folder; give one")
+    for option, path in (("csv", a.csv), ("record", a.record)):
+        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+            problems.append(f"--{option}={str(path)!r}: not a file in an existing folder; give one")
     try:
         if problems:
             raise InputError("\n".join(problems))
         drawn, environ = {"lr": value["lr"], "per_device_bs": value["bs"], "wd": value["wd"]}, os.environ
         if a.best is not None:
-            drawn, environ = best_configuration(a.best), settings_of(a.best) | os.environ
+            drawn, environ = best_configuration(a.best), read_run.settings_of(a.best) | os.environ
         settings = check_inputs.check(environ)
         settings.NUM_EPOCHS = value["epochs"] or settings.NUM_EPOCHS
         settings.WORKERS_PER_TRIAL = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
         with saved_model.NewModel(a.save, a.best) if a.save else contextlib.nullcontext() as new_model:
-            train(drawn, settings, a.csv, new_model)
+            train(drawn, settings, a.csv, a.record, new_model)
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if FIRST:
             print(*(f"ERROR: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return 2
     return 0

@@ -12,6 +12,7 @@ standard error over questions. More folders can be given.
 """
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -20,9 +21,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import rooms  # noqa: F401  # isort: skip
+
 import check_inputs
 import raytune_asha_hpo as hpo
-import rooms  # noqa: F401
 from check_inputs import InputError
 
 MAX_LENGTH = 512  # tokens of prompt and answer, as in the training
@@ -67,8 +69,6 @@ class Model:
 
     def losses(self, rows):
         """For each row {context, question, answers}: its loss, summed over its answer tokens; their number."""
-        import inspect
-
         import torch
 
         first = [(row["context"], row["question"], row["answers"]["text"][0]) for row in rows]
@@ -99,10 +99,18 @@ def settings_of(folder):
         raise InputError(f"MODEL_FOLDER={str(folder)!r}: {why}") from None
 
 
+def wanted(text):
+    """TEST_SAMPLES as a number; None if it is not set."""
+    try:
+        return check_inputs.read_number("TEST_SAMPLES", text) if text else None
+    except InputError as error:
+        raise InputError(f"TEST_SAMPLES={text!r:.500}: {error}") from None
+
+
 def unseen(s, count):
     """Rows of the validation split that the run has neither trained nor validated on, drawn with its seed.
 
-    count: how many; None: at most 100. Raises InputError if there are fewer. The same text counts as seen, too.
+    count: how many; None: at most 100. Raises InputError if there are fewer. A text that occurs twice counts once.
     """
     text = lambda row: (row["context"], row["question"])
     train_rows, eval_rows = hpo.read_splits(s.SQUAD_DATA)
@@ -146,7 +154,8 @@ def table(scores):
 
 
 # ---- Command line ----------------------------------------------------------------------------------------
-def parse():
+def main():
+    """Returns the exit status: 0 success, 2 bad input (one line)."""
     as_it_is = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("folders", nargs="+", metavar="MODEL_FOLDER", help="one that --save has written")
@@ -159,24 +168,13 @@ def parse():
         parser.error("give --score or --question")
     if a.question is None and a.context is not None:
         parser.error("give --question with --context")
-    return a
-
-
-def main():
-    """Returns the exit status: 0 success, 2 bad input (one line)."""
-    a = parse()
     try:
         s = settings_of(a.folders[0])
         if a.question is not None:
             row = {"context": a.context, "question": a.question}
             print(Model(a.folders[0], s.CHAT_TEMPLATE).answers([row])[0])
             return 0
-        text = os.environ.get("TEST_SAMPLES")
-        try:
-            count = check_inputs.read_number("TEST_SAMPLES", text) if text else None
-        except InputError as error:
-            raise InputError(f"TEST_SAMPLES={text!r:.500}: {error}") from None
-        rows = unseen(s, count)
+        rows = unseen(s, wanted(os.environ.get("TEST_SAMPLES")))
         if a.score:
             names = {f"{s.MODEL_NAME} (before training)": s.MODEL_NAME} | {folder: folder for folder in a.folders}
             scores = {text: score(Model(name, s.CHAT_TEMPLATE), rows) for text, name in names.items()}
@@ -189,10 +187,7 @@ def main():
             for row, answer in zip(rows, Model(a.folders[0], s.CHAT_TEMPLATE).answers(rows), strict=True):
                 right = " | ".join(dict.fromkeys(row["answers"]["text"]))
                 print(f"{row['question']}\n    right: {right}\n    model: {answer or '(nothing)'}")
-    except InputError as error:
-        print(f"ERROR: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # model or data of the training are no longer there; the disk is full
+    except (InputError, OSError) as error:  # OSError: model or data are no longer there, or the disk is full
         print(f"ERROR: {str(error).partition(chr(10))[0]}", file=sys.stderr)
         return 2
     return 0

@@ -8,6 +8,8 @@ and a bare driver, one after the other. Nothing else should run on the machine.
 """
 
 import argparse
+import functools
+import itertools
 import os
 import statistics
 import subprocess
@@ -17,9 +19,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import REPO, Cluster, copy_of_the_course, wait_for
+from conftest import REPO, Cluster, address_of, copy_of_the_course, end_ray, start_ray, wait_for
 
-RAY = REPO / ".venv/bin/ray"
 SMALL = {"NUM_SAMPLES": "1", "NUM_EPOCHS": "1", "TRAIN_SAMPLES": "32", "EVAL_SAMPLES": "16"}
 PHASES = {  # what the log says at the end of each phase of the head
     "sbatch to START": "START  :",
@@ -30,54 +31,45 @@ PHASES = {  # what the log says at the end of each phase of the head
     "trial's process up": "  started",
     "first report (training included)": "  epoch 1/1",
 }
-
-
-def until_it_says(command, text, environ):
-    """Start a command, wait for a text in its output: (process, seconds)."""
-    start = time.monotonic()
-    process = subprocess.Popen(command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for line in process.stdout:
-        if text in line:
-            return process, time.monotonic() - start
-    raise SystemExit(f"ERROR: {command} ended before it said {text!r}")
+BRING_UP = list(PHASES)[:5]
 
 
 def floor(folder):
-    """Seconds of a bare head, a bare worker and a bare driver, each with its own folder, without a token."""
+    """Seconds of a bare head, a bare worker and a bare driver, without a token."""
     environ = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    start = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats",
-             "--object-store-memory=500000000", "--include-log-monitor=false"]  # fmt: skip
-    bare_head = [*start, "--head", "--port=0", "--dashboard-port=0", "--num-cpus=0", f"--temp-dir={folder}/h"]
-    head, first = until_it_says(bare_head, "Ray runtime started", environ)
-    file = Path(f"{folder}/h/ray_current_cluster")
-    address = wait_for(lambda: file.exists() and file.read_text(), 10, file)
-    bare_worker = [*start, f"--address={address}", "--num-cpus=4", f"--temp-dir={folder}/w"]
-    worker, second = until_it_says(bare_worker, "Ray runtime started", environ)
-    code = f"import ray; ray.init('{address}', logging_level='ERROR'); print('connected', flush=True)"
-    driver, third = until_it_says([sys.executable, "-c", code], "connected", environ)
-    for process in (driver, worker, head):
-        process.terminate()
-        process.wait(60)
-    return first, second, third
+    less = ("--object-store-memory=500000000", "--include-log-monitor=false")
+
+    def up(name, *options):
+        log = Path(f"{folder}.{name}")
+        process = start_ray(*options, *less, f"--temp-dir={folder}/{name}", log=log, environ=environ)
+        wait_for(lambda: "Ray runtime started" in log.read_text(), 120, f"a bare Ray; its log: {log}")
+        return process
+
+    moments = [time.monotonic()]
+    processes = [up("h", "--head", "--port=0", "--dashboard-port=0", "--num-cpus=0")]
+    moments.append(time.monotonic())
+    address = address_of(f"{folder}/h")
+    processes.append(up("w", f"--address={address}", "--num-cpus=4"))
+    moments.append(time.monotonic())
+    code = f"import os, ray; ray.init('{address}', logging_level='ERROR'); os._exit(0)"
+    subprocess.run([sys.executable, "-c", code], env=environ, check=True)
+    moments.append(time.monotonic())
+    for process in reversed(processes):
+        end_ray(process)
+    return [end - begin for begin, end in itertools.pairwise(moments)]
 
 
 def one_run(cluster, variables):
     """Seconds of each phase of a run, and from its last report to the end of the worker job and of the head job."""
-
-    def moment(text):
+    last, seconds = time.monotonic(), {}
+    job = cluster.submit(**variables)
+    for name, text in PHASES.items():
         while text not in cluster.log(job):
-            if time.monotonic() > begin + 300:
+            if time.monotonic() > last + 300:
                 raise SystemExit(f"ERROR: no {text!r} in the log after 300 s:\n{cluster.log(job)}")
             time.sleep(0.02)
-        return time.monotonic()
-
-    begin = last = time.monotonic()
-    job = cluster.submit(**variables)
-    seconds = {}
-    for name, text in PHASES.items():
-        now = moment(text)
-        seconds[name], last = now - last, now
-    seconds["bring-up: sbatch to search connected"] = sum(list(seconds.values())[:5])
+        seconds[name], last = time.monotonic() - last, time.monotonic()
+    seconds["bring-up: sbatch to search connected"] = sum(seconds[name] for name in BRING_UP)
     (worker,) = cluster.workers(job)
     wait_for(lambda: worker not in cluster("squeue", "--noheader", "--format=%i"), 60, "the worker job to end")
     seconds["last report to worker job gone"] = time.monotonic() - last
@@ -92,30 +84,27 @@ def main():
     runs = max(1, parser.parse_args().runs)
     with tempfile.TemporaryDirectory(prefix="b.", dir="/tmp") as folder:
         course, demo = copy_of_the_course(Path(folder) / "repo"), Path(folder) / "demo"
-        subprocess.run([sys.executable, REPO / "scripts/demo_assets.py", demo], check=True, stdout=subprocess.DEVNULL)
-        environ = os.environ | {"MINI_SLURM_DIR": f"{folder}/ms"}
-        script = REPO / "tests/mini_slurm.sh"
-        up = subprocess.run(["bash", script, "up"], env=environ, text=True, check=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.DEVNULL)  # fmt: skip
+        environ, sandbox = os.environ | {"MINI_SLURM_DIR": f"{folder}/ms"}, ["bash", REPO / "tests/mini_slurm.sh"]
+        output = functools.partial(subprocess.check_output, env=environ, text=True, stderr=subprocess.DEVNULL)
+        output([sys.executable, REPO / "scripts/demo_assets.py", demo])
         try:
-            cluster = Cluster(environ | {"SLURM_CONF": up.stdout.split("=", 1)[1].strip()}, course)
+            cluster = Cluster(environ | {"SLURM_CONF": output([*sandbox, "up"]).split("=", 1)[1].strip()}, course)
             variables = SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
-            measured, floors = [], []
-            for i in range(runs):
-                measured.append(one_run(cluster, variables))
-                floors.append(floor(tempfile.mkdtemp(prefix=f"{i}.", dir=folder)))
+            measured = [(one_run(cluster, variables), floor(f"{folder}/{i}")) for i in range(runs)]
         finally:
-            subprocess.run(["bash", script, "down"], env=environ, check=True, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL)  # fmt: skip
+            output([*sandbox, "down"])
 
     print("| s | median | lowest | highest |\n|---|---|---|---|")
-    rows = {name: [run[name] for run in measured] for name in measured[0]}
-    rows |= dict(zip(("bare head", "bare worker", "bare driver"), zip(*floors, strict=True), strict=True))
-    for name, values in rows.items():
-        print(f"| {name} | {statistics.median(values):.1f} | {min(values):.1f} | {max(values):.1f} |")
-    ratio = statistics.median(rows["bring-up: sbatch to search connected"]) / statistics.median(map(sum, floors))
+    least = ("bare head", "bare worker", "bare driver")
+    rows = [phases | dict(zip(least, bare, strict=True)) for phases, bare in measured]
+    median = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        median[name] = statistics.median(values)
+        print(f"| {name} | {median[name]:.1f} | {min(values):.1f} | {max(values):.1f} |")
+    ratio = median["bring-up: sbatch to search connected"] / sum(median[name] for name in least)
     print(f"\nbring-up / (bare head + bare worker + bare driver): {ratio:.2f}  "
-          f"({runs} runs, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')})")
+          f"({runs} runs, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')})")  # fmt: skip
 
 
 if __name__ == "__main__":

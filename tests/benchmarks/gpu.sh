@@ -7,13 +7,11 @@
 set -euo pipefail
 
 REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-if [[ -x $REPO/.venv/bin/python ]]; then
-    export PATH="$REPO/.venv/bin:$PATH"
-fi
 # shellcheck source=SCRIPTDIR/../../scripts/job/ray_job.sh
 source "$REPO/scripts/job/ray_job.sh"
+choose_python
 WORK=$(mktemp -d)
-trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$WORK"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$WORK"' EXIT
 
 WORKERS_PER_TRIAL=1 look_at_node
 ((GPUS > 0)) || fail "no GPU that PyTorch can use on this machine"

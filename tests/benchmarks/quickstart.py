@@ -9,10 +9,9 @@ Turnover is the time from a trial's last report to the next one's first step. No
 """
 
 import argparse
-import functools
+import datetime
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -21,19 +20,22 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import HEAD, REPO, SCRIPT, copy_of_the_course, job_of, load_module, reports_of
+from conftest import HEAD, REPO, SCRIPT, copy_of_the_course, load_module
 
 IMPORT = "import torch, deepspeed, ray.train.torch; from transformers import Trainer"
 DEMO = {"TRAIN_SAMPLES": "160", "EVAL_SAMPLES": "50", "LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "CPUS_PER_WORKER": "1"}
-SETTINGS = ("TORCHDYNAMO_DISABLE", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "TRANSFORMERS_VERBOSITY")
-FIRST_STEP = '''
+AS_IN_A_JOB = {"TORCHDYNAMO_DISABLE": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1",
+               "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}  # fmt: skip
+IMPORTS = "    from transformers import TrainerCallback\n"  # of train_loop_per_worker, which takes callbacks
+FIRST_STEP = IMPORTS + '''
     class FirstStep(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 0 and os.environ["RANK"] == "0":
                 with open(os.environ["FIRST_STEPS"], "a") as file:
-                    file.write(f"{time.monotonic()}\\n")
+                    file.write(f"{time.time()}\\n")
 
-    callbacks = [FirstStep(), '''
+    config["callbacks"] = [FirstStep()]
+'''
 
 
 def trains_the_same(trials):
@@ -42,31 +44,22 @@ def trains_the_same(trials):
 
     class StopsAfter(TrainerCallback):
         def on_epoch_end(self, args, state, control, **kwargs):
-            control.should_training_stop = round(state.epoch) >= self.epochs
+            control.should_training_stop = round(state.epoch) >= epochs
 
     hpo = load_module(SCRIPT)
     s = hpo.read_settings(os.environ)
     rows = hpo.load_squad(s)
-    for drawn, epochs in json.loads(Path(trials).read_text()):
-        stop = StopsAfter()
-        stop.epochs = epochs
-        hpo.fine_tune(drawn, s, *rows, callbacks=[stop])
+    for drawn, epochs in json.loads(Path(trials).read_text()):  # StopsAfter reads `epochs`
+        hpo.fine_tune(drawn, s, *rows, callbacks=[StopsAfter()])
 
 
 def timed(command, **options):
     """Seconds of a command as a whole process."""
     start = time.monotonic()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
+    run = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    if run.returncode:
+        raise SystemExit(f"ERROR: {command} ended with exit status {run.returncode}:\n{run.stdout[-3000:]}")
     return time.monotonic() - start
-
-
-def stamped_lines(command, **options):
-    """Each line that a command prints, with the time of its arrival in s."""
-    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **options)
-    lines = [(time.monotonic(), line) for line in process.stdout]
-    if process.wait() != 0:
-        raise SystemExit(f"ERROR: {command} ended with exit status {process.returncode}")
-    return lines
 
 
 def main():
@@ -74,47 +67,42 @@ def main():
     parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
     if (child := parser.parse_args().child) is not None:
         return trains_the_same(child)
+    workers = os.environ.get("WORKERS_PER_TRIAL", "2")
     with tempfile.TemporaryDirectory() as folder:
-        demo, steps = Path(folder) / "demo", Path(folder) / "steps"
+        demo, steps, trials = (Path(folder) / name for name in ("demo", "steps", "trials.json"))
         course = copy_of_the_course(Path(folder) / "repo")
-        subprocess.run([sys.executable, REPO / "scripts/demo_assets.py", demo], check=True, stdout=subprocess.DEVNULL)
+        timed([sys.executable, REPO / "scripts/demo_assets.py", demo])
         script = Path(folder) / "repo" / SCRIPT.relative_to(REPO)
-        text, line = script.read_text(), "\n    callbacks = ["
-        assert text.count(line) == 1
-        script.write_text(text.replace(line, FIRST_STEP))
-        workers = os.environ.get("WORKERS_PER_TRIAL", "2")
+        text = script.read_text()
+        assert text.count(IMPORTS) == 1
+        script.write_text(text.replace(IMPORTS, FIRST_STEP))
         environ = os.environ | DEMO | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
 
         imports = min(timed([sys.executable, "-c", IMPORT]) for _ in range(3))
-        lines = stamped_lines(["bash", HEAD], cwd=course, env=environ | {"FIRST_STEPS": str(steps)})
-        run = lines[-1][0] - lines[0][0]
-        log = "".join(line for _, line in lines)
-        reports = reports_of(course / "runs" / job_of(log))
-        trials = [(rows[0]["config"]["train_loop_config"], len(rows)) for _, rows in sorted(reports.items())]
-        last = {}
-        for at, line in lines:
-            if found := re.search(r"search \| (TorchTrainer_\S+)  epoch ", line):
-                last[found[1]] = at
-        first = [float(line) for line in steps.read_text().split()][1:]
-        between = [begin - end for end, begin in zip(sorted(last.values()), first)]
-        (Path(folder) / "trials.json").write_text(json.dumps(trials))
+        timed(["bash", HEAD], cwd=course, env=environ | {"FIRST_STEPS": str(steps)})
+        (record,) = course.glob("runs/*/events.jsonl")
+        events = [json.loads(line) for line in record.read_text().splitlines()]
+        at = lambda event: datetime.datetime.fromisoformat(event["time"]).timestamp()
+        run = at(events[-1]) - at(events[0])
+        drawn = {event["trial"]: event["config"] for event in events if event["event"] == "trial_started"}
+        reports = [event for event in events if event["event"] == "report"]
+        epochs = {event["trial"]: event["epoch"] for event in reports}
+        trials.write_text(json.dumps([(drawn[name], epochs[name]) for name in drawn]))
+        ends = sorted({event["trial"]: at(event) for event in reports}.values())
+        between = [float(begin) - end for begin, end in zip(steps.read_text().split()[1:], ends, strict=False)]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"]
-        alone = environ | dict(zip(SETTINGS, ("1", "0", "-1", "error"), strict=True)) | {"OMP_NUM_THREADS": "1"}
-        limit = timed([*torchrun, __file__, "--child", f"{folder}/trials.json"], env=alone)
+        limit = timed([*torchrun, __file__, "--child", trials], env=environ | AS_IN_A_JOB)
 
-    show = functools.partial("{:.1f}".format)
     print("| | s | imports | limits |\n|---|---|---|---|")
     for name, value in {
         "an import of torch, deepspeed, ray.train.torch and the Trainer (least of 3)": imports,
-        f"the limit: one torchrun group, the same {sum(epochs for _, epochs in trials)} epochs": limit,
+        f"the limit: one torchrun group, the same {sum(epochs.values()):.0f} epochs": limit,
         "the search, START to FINISH": run,
     }.items():
-        print(f"| {name} | {show(value)} | {show(value / imports)} | {value / limit:.2f} |")
-    middle, low, high = statistics.median(between), min(between), max(between)
-    spread = f"{middle:.2f} s ({low:.2f} to {high:.2f})"
-    print(f"\nturnover: {spread}, median of {len(between)}, {middle / imports:.2f} imports")
-    cores = f"{os.cpu_count()} cores"
-    print(f"({len(trials)} trials, {workers} worker(s) each, seed 42, {cores}, {time.strftime('%Y-%m-%d')})")
+        print(f"| {name} | {value:.1f} | {value / imports:.1f} | {value / limit:.2f} |")
+    print(f"\nturnover: {statistics.median(between):.2f} s ({min(between):.2f} to {max(between):.2f}), "
+          f"median of {len(between)}\n({len(drawn)} trials, {workers} worker(s) each, seed 42, {os.cpu_count()} cores, "
+          f"{time.strftime('%Y-%m-%d')})")  # fmt: skip
 
 
 if __name__ == "__main__":

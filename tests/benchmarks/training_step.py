@@ -24,30 +24,33 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import REPO, SCRIPT, load_module
 
-VOCABULARY, BATCH, SEED = 250_880, 2, 42
+VOCABULARY, BATCH, WORKERS = 250_880, 2, 2
 SMALL = {"hidden_size": 256, "n_layer": 6, "n_head": 8}
-BLOOM_560M = {"hidden_size": 1024, "n_layer": 24, "n_head": 16}
 
 
-def make_model(hpo, folder, squad, shape):
-    """A BLOOM with random weights, and a byte-level BPE of the texts: 1.3 tokens a word of SQuAD."""
+def make_model(hpo, folder, shape):
+    """FOLDER/squad, and in FOLDER/model a BLOOM with random weights and a byte-level BPE of these texts."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
-    rows = [row for file in ("train-v1.1.json", "dev-v1.1.json") for row in hpo.read_file(squad / file)]
+    make_demo = [sys.executable, REPO / "scripts/demo_assets.py", folder / "demo"]
+    subprocess.run(make_demo, check=True, stdout=subprocess.DEVNULL)
+    real = REPO.parent / "shared/squad"
+    (folder / "squad").symlink_to(real if real.is_dir() else folder / "demo/squad")
+    rows = [row for split in hpo.read_splits(folder / "squad") for row in split]
+    texts = {text for row in rows for text in (row["context"], row["question"])}
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     options = {"special_tokens": ["</s>", "<pad>"], "initial_alphabet": letters, "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=16384, **options)
-    bpe.train_from_iterator(sorted({text for row in rows for text in (row["context"], row["question"])}), trainer)
+    bpe.train_from_iterator(sorted(texts), trainers.BpeTrainer(vocab_size=16384, **options))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="<pad>")
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(SEED)
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(42)
     end = tokenizer.eos_token_id
     ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
-    BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, **shape, **ends)).save_pretrained(folder)
+    BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, **shape, **ends)).save_pretrained(folder / "model")
 
 
 def matmul_flops(gpu):
@@ -76,77 +79,78 @@ def padded_to_512(batch):
     return {key: torch.nn.functional.pad(batch[key], (more, 0), value=fill) for key, fill in fills.items()}
 
 
-def child(variant, folder, samples, eval_samples):
-    """One worker of one run; writes what it measured to FOLDER/<rank>.json."""
-    hpo = load_module(SCRIPT)
+def measure(hpo, drawn, folder, recipe=False, **settings):
+    """One fine_tune by ours or by the recipe, in this process of a group -> what was measured."""
+    import torch
     from transformers import TrainerCallback
 
-    computed, ours = [], hpo.collate  # (tokens, positions with logits) of each batch
+    found, steps, computed = {"losses": [], "eval": []}, [], []  # computed: tokens, positions with logits of a batch
+    config, ours = hpo.DS_CONFIG, hpo.collate
 
     def collate(rows, accepted=()):
-        batch = ours(rows, accepted) if variant == "ours" else padded_to_512(ours(rows, ()))
+        batch = padded_to_512(ours(rows, ())) if recipe else ours(rows, accepted)
         computed.append((batch["input_ids"].numel(), batch["labels"].numel()))
         return batch
-
-    hpo.collate = collate
-    more = {"logging_strategy": "steps", "logging_steps": 1}
-    if variant == "recipe":
-        more["per_device_eval_batch_size"] = BATCH  # 8 rows of 512 positions with 250,880 logits need 12 GB
-        config = json.loads(hpo.DS_CONFIG.read_text())
-        config["zero_optimization"]["stage"] = 3
-        hpo.DS_CONFIG = folder / f"ds_config-{os.environ['RANK']}.json"
-        hpo.DS_CONFIG.write_text(json.dumps(config))
-    steps, losses, evaluations = [], [], []
 
     class Measure(TrainerCallback):
         def on_step_begin(self, *_, **__):
             self.start = time.perf_counter()
 
         def on_step_end(self, *_, **__):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             steps.append(time.perf_counter() - self.start)
 
-        def on_log(self, args, state, control, logs=None, **__):
-            losses.extend([logs["loss"]] if "loss" in logs else [])
-            key = "eval_answer_loss"
-            evaluations.extend([(logs[key], logs["eval_runtime"])] if key in logs else [])
+        def on_log(self, args, state, control, logs, **__):
+            found["losses"] += [logs["loss"]] if "loss" in logs else []
 
-        def on_train_end(self, args, state, control, model=None, **__):
-            self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-            self.width = model.config.hidden_size
+        def on_evaluate(self, args, state, control, metrics, **__):
+            found["eval"].append((metrics["eval_answer_loss"], metrics.get("eval_runtime")))
 
-    settings = {"MODEL_NAME": str(folder / "model"), "SQUAD_DATA": os.environ["SQUAD_DATA"], "NUM_EPOCHS": "1",
-                "TRAIN_SAMPLES": str(samples), "EVAL_SAMPLES": str(eval_samples), "GPUS_PER_WORKER": "0",
-                "SEED": str(SEED)}  # fmt: skip
-    settings = hpo.read_settings(settings)
-    measure = Measure()
-    hyperparameters = {"lr": 2e-5, "per_device_bs": BATCH, "wd": 0.01} | more
-    hpo.fine_tune(hyperparameters, settings, *hpo.load_squad(settings), [measure])
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    words = VOCABULARY * measure.width
-    body = measure.parameters - words
-    tokens, positions = (statistics.mean(column) for column in zip(*computed[1 : len(steps)], strict=True))
-    result = {"steps": steps[1:], "losses": losses, "eval": evaluations[0], "memory": memory,
-              "tokens": tokens, "positions": positions, "flops": 6 * (body * tokens + words * positions),
-              "matmul": matmul_flops(gpu=False)}  # fmt: skip
-    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
+        def on_train_end(self, args, state, control, model, lr_scheduler, **__):
+            words = VOCABULARY * model.config.hidden_size
+            body = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) - words
+            tokens, positions = map(statistics.mean, zip(*computed[1 : len(steps)], strict=True))
+            found.update(skipped=len(steps) - lr_scheduler.last_epoch, tokens=tokens, positions=positions,
+                         flop=6 * (body * tokens + words * positions))  # fmt: skip
+
+    if recipe:
+        stage_3 = json.loads(config.read_text())
+        stage_3["zero_optimization"]["stage"] = 3
+        hpo.DS_CONFIG = folder / f"ds_config-{os.environ['RANK']}.json"
+        hpo.DS_CONFIG.write_text(json.dumps(stage_3))
+        drawn = drawn | {"per_device_eval_batch_size": BATCH}  # 8 rows of 512 x 250,880 logits need 12 GB
+    s = hpo.read_settings({"MODEL_NAME": f"{folder}/model", "SQUAD_DATA": f"{folder}/squad"} | settings)
+    hpo.collate = collate
+    hpo.fine_tune(drawn, s, *hpo.load_squad(s), [Measure()])
+    hpo.collate, hpo.DS_CONFIG = ours, config
+    return found | {"step": statistics.median(steps[1:])}
+
+
+def child(variant, folder, a):
+    """One worker of one run; writes what it measured to FOLDER/<rank>.json."""
+    drawn = {"lr": 2e-5, "per_device_bs": BATCH, "wd": 0.01, "logging_strategy": "steps", "logging_steps": 1}
+    found = measure(load_module(SCRIPT), drawn, folder, variant == "recipe", NUM_EPOCHS="1", GPUS_PER_WORKER="0",
+                    TRAIN_SAMPLES=str(a.samples), EVAL_SAMPLES=str(a.eval_samples))  # fmt: skip
+    found["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found["matmul"] = matmul_flops(gpu=False)
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
 def run(variant, folder, a):
     """One run in processes of its own: what child() measured, memory and matmul summed over the workers."""
-    threads = str(max(1, (os.cpu_count() or 1) // a.workers))
+    threads = str(max(1, (os.cpu_count() or 1) // WORKERS))
     environ = os.environ | {"OMP_NUM_THREADS": threads, "TORCHDYNAMO_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    if variant == "ours":  # as ray_job.sh sets it
+    if variant == "ours":  # as in a job
         environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={a.workers}", __file__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORKERS}", __file__]
     command += ["--child", variant, str(folder), "--samples", str(a.samples), "--eval-samples", str(a.eval_samples)]
     done = subprocess.run(command, env=environ, text=True, check=False, capture_output=True)
     if done.returncode:
         raise SystemExit(f"ERROR: {variant} ended with exit status {done.returncode}\n{done.stderr[-3000:]}")
-    first, *others = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(a.workers)]
+    first, *others = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORKERS)]
     for key in ("memory", "matmul"):
         first[key] += sum(other[key] for other in others)
-    first["rate"] = BATCH * a.workers / statistics.median(first["steps"])  # samples/s
-    first["share"] = first["flops"] * a.workers / statistics.median(first["steps"]) / first["matmul"]
     return first
 
 
@@ -155,30 +159,20 @@ def main():
     parser.add_argument("--runs", type=int, default=3, help="runs of each, in turn (default 3)")
     parser.add_argument("--samples", type=int, default=16, help="training questions, 2 a worker and step (default 16)")
     parser.add_argument("--eval-samples", type=int, default=8, help="validation questions (default 8)")
-    parser.add_argument("--workers", type=int, default=2, help="processes, as WORKERS_PER_TRIAL (default 2)")
     parser.add_argument("--child", nargs=2, metavar=("VARIANT", "FOLDER"), help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.child:
-        child(a.child[0], Path(a.child[1]), a.samples, a.eval_samples)
-        return
-    if min(a.runs, a.eval_samples, a.workers) < 1 or a.samples < 2 * BATCH * a.workers:
-        least = f"give at least {2 * BATCH * a.workers}, two steps; and --runs, --eval-samples and --workers at least 1"
-        parser.error(f"--samples {a.samples}: {least}")
+        return child(a.child[0], Path(a.child[1]), a)
+    if min(a.runs, a.eval_samples) < 1 or a.samples < 2 * BATCH * WORKERS:
+        parser.error(f"--samples wants {2 * BATCH * WORKERS} or more (two steps), --runs and --eval-samples 1 or more")
     runs = {"recipe": [], "ours": []}
     with tempfile.TemporaryDirectory() as folder:
-        folder, squad = Path(folder), REPO.parent / "shared/squad"
-        if not squad.is_dir():
-            make_demo = [sys.executable, REPO / "scripts/demo_assets.py", folder / "demo"]
-            subprocess.run(make_demo, check=True, stdout=subprocess.DEVNULL)
-            squad = folder / "demo/squad"
-        os.environ["SQUAD_DATA"] = str(squad)
-        make_model(load_module(SCRIPT), folder / "model", squad, SMALL)
+        make_model(load_module(SCRIPT), Path(folder), SMALL)
         for _ in range(a.runs):
             for variant, found in runs.items():
-                found.append(run(variant, folder, a))
+                found.append(run(variant, Path(folder), a))
 
-    hardware = f"{os.cpu_count()} cores, no GPU, 69M, fp32"
-    print(f"\n{a.workers} worker(s), {hardware}, {a.samples} samples, seed {SEED}, {a.runs} run(s)\n")
+    print(f"\n{WORKERS} workers, {os.cpu_count()} cores, 69M, fp32, {a.samples} samples, seed 42, {a.runs} run(s)\n")
     print("| | recipe | ours | ratio |\n|---|---|---|---|")
 
     def row(name, value, form):
@@ -187,17 +181,17 @@ def main():
         cells = [f"{statistics.median(v):{form}} ({min(v):{form}} to {max(v):{form}})" for v in (recipe, ours)]
         print(f"| {name} | {' | '.join(cells)} | {median:.2f} |")
 
-    row("samples/s, training", lambda r: r["rate"], ".2f")
-    row("samples/s, evaluation", lambda r: a.eval_samples / r["eval"][1], ".2f")
+    row("samples/s, training", lambda r: BATCH * WORKERS / r["step"], ".2f")
+    row("samples/s, evaluation", lambda r: a.eval_samples / r["eval"][0][1], ".2f")
     row("peak memory of all workers, GB", lambda r: r["memory"] / 1e9, ".2f")
     row("tokens of a worker's batch", lambda r: r["tokens"], ".0f")
     row("positions with logits", lambda r: r["positions"], ".0f")
-    row("share of the measured matrix throughput", lambda r: r["share"], ".3f")
-    row("eval loss after the epoch", lambda r: r["eval"][0], ".6f")
+    row("share of the measured matrix throughput", lambda r: WORKERS * r["flop"] / r["step"] / r["matmul"], ".3f")
+    row("eval loss after the epoch", lambda r: r["eval"][0][0], ".6f")
     recipe, ours = (found[0] for found in runs.values())
     apart = [abs(x - y) for x, y in zip(recipe["losses"], ours["losses"], strict=True)]
     print(f"\nlargest difference of a batch's loss, all batches of the epoch: {max(apart):.1e}"
-          f"; relative difference of the eval loss: {abs(ours['eval'][0] / recipe['eval'][0] - 1):.1e}")
+          f"; relative difference of the eval loss: {abs(ours['eval'][0][0] / recipe['eval'][0][0] - 1):.1e}")
 
 
 if __name__ == "__main__":
