@@ -6,27 +6,21 @@
 #   bash scripts/check_site.sh --wait 60    # minutes to wait for each node in the queue (default 10)
 #
 # Without Slurm it checks this machine alone. It ends its jobs and removes its files in every case.
-# Exit status: 0 nothing FAILED, 1 something did, 2 wrong usage, 129, 130, 143 interrupted.
+# Exit status: 0 nothing FAILED, 1 something did, 2 wrong usage, 130 interrupted.
 set -uo pipefail
 
-# What a run needs, with reserve for larger nodes. In brackets: measured with the demo model on a machine with 2 cores.
-RUN_MB=100                                                   # run folder without checkpoints [5]
-TMP_MB=1000                                                  # /tmp: Ray's folder [45]; its objects if /dev/shm is small
-SHM_MB=500                                                   # /dev/shm: the object store, see start_ray
-FILES=1024                                                   # open files of one process [94]
+# What a run needs, with reserve for larger nodes. In brackets: measured with the demo model on 2 cores.
 NODE_THREADS=500                                             # of Ray on a node [80; head 153]; ulimit -u counts threads
 TRIAL_THREADS=300                                            # of a trial with two workers [130, in 4 processes]
-LATE=10                                                      # seconds after which a shared folder is called late
 
 REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 SITE=$REPO/experiments/site.sh
 EXERCISE=$REPO/experiments/raytune/scheduler/asha
 HEAD=$EXERCISE/head_node_raytune_asha_hpo.slurm
 WORKER=$EXERCISE/worker_node_raytune_asha_hpo.slurm
-ROLE="login" RUN_DIR="" WAIT=10 EXPORT=${SBATCH_EXPORT:-ALL} TRIALS=1 SLURM=""
+ROLE="login" RUN_DIR="" WAIT=10 TRIALS=1 SLURM="" IN_SITE="in experiments/site.sh"
 # shellcheck source=SCRIPTDIR/job/ray_job.sh
 source "$REPO/scripts/job/ray_job.sh"                        # what a run does: node_address, prepare_ray ...
-export PYTHONDONTWRITEBYTECODE=1
 
 # ---- Lines -----------------------------------------------------------------------------------------------------------
 declare -A COUNT=([ok]=0 [warning]=0 [FAILED]=0)
@@ -34,29 +28,24 @@ line() {                                                     # line KIND WHAT [F
     COUNT[$1]=$((COUNT[$1] + 1))
     printf '%-7s  %-8s  %s%s\n' "$1" "${SLURMD_NODENAME:-$ROLE}" "$2" "${3:+; fix: $3}"
 }
-ok()      { line ok "$@"; }
-warning() { line warning "$@"; }
-failed()  { line FAILED "$@"; }
+failed() { line FAILED "$@"; }
 verdict() {                                                  # verdict STATUS WHAT CAUSE FIX [KIND]: 0 is ok
-    if (($1 == 0)); then ok "$2"; else line "${5:-FAILED}" "$2${3:+, $(last "$3")}" "$4"; fi
+    if (($1 == 0)); then line ok "$2"; else line "${5:-FAILED}" "$2${3:+, $(last "$3")}" "$4"; fi
 }
 last() { tail -n 1 <<<"$1" | cut -c1-300; }                  # of what a command has said: the cause
-IN_SITE="in experiments/site.sh" SHARED="the repository on another file system, which all nodes see"
 
 # ---- On the login node: would Slurm run the jobs? --------------------------------------------------------------------
 check_slurm() {                                              # sets SLURM=yes if there is one to go on with
     local said missing
     missing=$(type sbatch squeue scontrol scancel sinfo 2>&1 >/dev/null | sed -n 's/.*: \(.*\): not found/\1/p' | xargs)
     if [[ $missing == "sbatch squeue scontrol scancel sinfo" ]]; then
-        warning "Slurm: no sbatch here, so this machine alone is checked" "module load slurm, or a login node"
+        line warning "Slurm: no sbatch here, so this machine alone is checked" "module load slurm, or a login node"
     elif [[ -n $missing ]]; then
         failed "Slurm: not on the PATH: $missing" "module load slurm, or add their folder to PATH, here and $IN_SITE"
     elif ! said=$(timeout 30 squeue --noheader --me --format=%i 2>&1); then
         failed "Slurm: no answer to squeue --me: $(last "$said")" "ask your site if Slurm is down, or older than 20.02"
     else
-        [[ $EXPORT == ALL* ]]
-        verdict $? "Slurm: $(sbatch --version), all commands there" "SBATCH_EXPORT=$EXPORT: no variables in the job" \
-            "unset SBATCH_EXPORT" warning
+        line ok "Slurm: $(sbatch --version), all commands there"
         said=$(bash "$SITE" --check 2>&1) || failed "$(last "$said")"
         SLURM=yes
     fi
@@ -80,8 +69,7 @@ check_job_file() {                                           # does Slurm take t
             *denied*) fix="submit from a login node, or to another partition" ;;
             *) fix="the #SBATCH lines" ;;
         esac
-        said=$(grep -v '^Try' <<<"${said:-no answer within 60 s}")
-        failed "$name: Slurm refuses it: $(last "$said")" "$fix$variables"
+        failed "$name: Slurm refuses it: $(last "$(grep -v ^Try <<<"${said:-no answer within 60 s}")")" "$fix$variables"
         return
     fi
     # Slurm also reads variables, and they beat the lines of the file. So what counts is what it has understood.
@@ -95,7 +83,7 @@ check_job_file() {                                           # does Slurm take t
             "#SBATCH --time=$limit, or another partition$variables"
     else
         said=$(grep -oE '(NumCPUs|TresPer[A-Z][a-z]+|CpusPerTres|MinMemory[A-Z]+)=\S+' <<<"$record" | paste -sd' ')
-        ok "$name: Slurm takes it, as Partition=$partition TimeLimit=$asked $said"
+        line ok "$name: Slurm takes it, as Partition=$partition TimeLimit=$asked $said"
     fi
 }
 
@@ -104,73 +92,47 @@ check_packages() {                                           # 1: there is no Py
     local said
     said=$( (choose_python) 2>&1) || { failed "Python: ${said#ERROR: }"; return 1; }
     choose_python
-    said=$(timeout 120 python - "$REPO/requirements.txt" 2>&1 <<'PYTHON'
-import sys
-from importlib.metadata import distributions
-from packaging.requirements import Requirement             # for it, torch 2.13.0+cu126 is a 2.13.0
-from packaging.utils import canonicalize_name
-there = {canonicalize_name(d.metadata["Name"]): d.version for d in distributions()}
-wanted = [Requirement(line.split("#")[0].strip()) for line in open(sys.argv[1]) if line[0] not in "#-\n"]
-wrong = [(w, there.get(canonicalize_name(w.name), "missing")) for w in wanted if not w.marker or w.marker.evaluate()]
-wrong = [f"{w.name} {v} instead of {w.specifier}" for w, v in wrong if v == "missing" or v not in w.specifier]
-sys.exit(", ".join(wrong) or None)
-PYTHON
-    )
-    verdict $? "packages: those of requirements.txt, $(python --version), $(command -v python)" "$said" \
+    said=$(grep -v '^-' "$REPO/requirements.txt" |
+        timeout 120 python -m pip install --quiet --no-index --no-deps --dry-run --requirement /dev/stdin 2>&1)
+    verdict $? "packages: those of requirements.txt, $(python --version), $(command -v python)" \
+        "but not $(grep -oEm 1 '[^ ]+==[^ ,]+' <<<"$said" || last "$said")" \
         "bash scripts/setup_env.sh, or activate the environment $IN_SITE"
-    said=$(tr : '\n' <<<"${PYTHONPATH:-}" | grep -v "^$(python -c 'import sys; print(sys.prefix)')/" | paste -sd:)
-    [[ -z $said ]] || warning "packages: PYTHONPATH has $said, after the environment's own" "unset PYTHONPATH $IN_SITE"
 }
 
 check_inputs() {                                             # variables, model and data, as the search finds them
     local said error
     if said=$(timeout 300 python "$REPO/scripts/job/check_inputs.py" 2>&1); then
-        ok "inputs: $(sed -nE 's/^ *(MODEL_NAME|SQUAD_DATA) +/\1=/p' <<<"$said" | paste -sd' ') can be loaded"
-    else
-        while read -r error; do
-            failed "inputs: ${error#ERROR: }"
-        done < <(grep '^ERROR' <<<"$said" || last "${said:-no answer within 300 s}")
+        line ok "inputs: $(sed -nE 's/^ *(MODEL_NAME|SQUAD_DATA) +/\1=/p' <<<"$said" | paste -sd' ') can be loaded"
+        return
     fi
+    grep -q '^ERROR' <<<"$said" || said="ERROR: $(last "${said:-no answer within 300 s}")"
+    while read -r error; do failed "inputs: $error"; done < <(sed -n 's/^ERROR: //p' <<<"$said")
 }
 
+free_mb() { df --output=avail -BM "$1" 2>/dev/null | tail -n 1 | tr -d 'M ' | grep . || echo 0; }
+
 check_disk() {                                               # check_disk FOLDER MB: only writing tells of a quota
-    local free used said
-    read -r free used < <(df --output=avail,pcent -BM "$1" 2>/dev/null | tail -n 1 | tr -d 'M%')
-    if ((${free:-0} < $2)); then
-        failed "disk: $1 has ${free:-0} MB free, a run needs $2" "make room, or clone to a larger file system"
-    elif ! said=$(timeout 120 dd if=/dev/zero of="$1/check_site.$JOB" bs=1M count=50 conv=fsync 2>&1); then
-        failed "disk: 50 MB cannot be written to $1: $(head -n 1 <<<"$said")" "see your quota (quota -s), delete files"
-    elif ((used > 95)); then
-        warning "disk: $1 is $used % full, and above 95 % Ray stores nothing there" "make room"
-    else
-        ok "disk: $1 has $free MB free, a run needs $2"
-    fi
+    local free said=""
+    free=$(free_mb "$1")
+    ((free >= $2)) && said=$(timeout 120 dd if=/dev/zero of="$1/check_site.$JOB" bs=1M count=50 conv=fsync 2>&1)
+    verdict $? "disk: $1 has $free MB free, a run needs $2" "${said:+50 MB cannot be written: ${said%%$'\n'*}}" \
+        "make room (quota -s), or clone to a larger file system"
     rm -f "$1/check_site.$JOB"
 }
 
 check_shm() {
     local free
-    free=$(df --output=avail -BM /dev/shm 2>/dev/null | tail -n 1 | tr -d 'M ')
-    ((${free:-0} >= SHM_MB))
-    verdict $? "/dev/shm has ${free:-0} MB free" "Ray wants $SHM_MB and takes /tmp instead" \
-        "container: --shm-size=1g" warning
+    free=$(free_mb /dev/shm)
+    ((free >= 500))                                          # the object store, see start_ray
+    verdict $? "/dev/shm has $free MB free" "Ray wants 500, else takes /tmp" "container: --shm-size=1g" warning
 }
 
 check_limits() {
-    local processes files need=$((NODE_THREADS + TRIALS * TRIAL_THREADS))
-    processes=$(python "$REPO/scripts/job/this_node.py" --processes) files=$(ulimit -n)
+    local processes need=$((NODE_THREADS + TRIALS * TRIAL_THREADS))
+    processes=$(python "$REPO/scripts/job/this_node.py" --processes)
     [[ $processes == inf ]] || ((processes >= need))
     verdict $? "processes: $processes more may be started, $TRIALS trial(s) at once need $need" \
         "$NODE_THREADS for Ray, $TRIAL_THREADS a trial" "ulimit -u (now $(ulimit -u)) before sbatch and $IN_SITE"
-    [[ $files == unlimited ]] || ((files >= FILES))
-    verdict $? "open files: ulimit -n $files" "a run needs $FILES" "ulimit -n $FILES before sbatch and $IN_SITE"
-}
-
-check_socket() {                                             # the longest name that Ray makes in its folder
-    local said path=${RAY_TMP:-}/r/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store
-    local bind='import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])'
-    said=$(mkdir -p "${path%/*}" 2>&1 && timeout 30 python -c "$bind" "$path" 2>&1)
-    verdict $? "socket path: $path has ${#path} of at most 107 characters" "$said" "a shorter RAY_TMP in ray_job.sh"
 }
 
 check_gpus() {                                               # and TRIALS at once, as a worker job counts them
@@ -191,11 +153,10 @@ check_gpus() {                                               # and TRIALS at onc
 check_machine() {
     [[ $ROLE == head ]] || check_gpus
     check_inputs
-    check_disk "$RUN_DIR" "$RUN_MB"
-    check_disk /tmp "$TMP_MB"
+    check_disk "$RUN_DIR" 100                                # without checkpoints [5]
+    check_disk /tmp 1000                                     # Ray's folder [45]; its objects if /dev/shm is small
     check_shm
     check_limits
-    check_socket
 }
 
 # ---- Between the two nodes: each listens on a free port at its node_address, as Ray does -----------------------------
@@ -231,7 +192,7 @@ check_reach() {                                              # check_reach OTHER
         failed "$ROLE -> $other: the $other offers no port, see its address"
     elif said=$(timeout 10 bash -c "exec 3<>/dev/tcp/$address/$port && cat <&3" 2>&1)
         [[ $said == "$other of ${RUN_DIR##*/}" ]]; then
-        ok "$ROLE -> $other: connected to $address port $port"
+        line ok "$ROLE -> $other: connected to $address port $port"
     else
         failed "$ROLE -> $other: $address port $port: $(head -n 1 <<<"${said:-no answer}" | sed 's/.*: //')" \
             "ask your site to open all ports between nodes, or NODE_ADDRESS $IN_SITE, of the network that is open"
@@ -247,15 +208,6 @@ submit() {                                                   # submit head|worke
         timeout 60 sbatch --job-name="${RUN_DIR##*/}" --output="$RUN_DIR/$1.out" --time="$((WAIT + 10))"
 }
 
-check_submission() {                                         # the head job submits the workers
-    local said
-    if said=$(cd "$EXERCISE" && timeout 60 sbatch --test-only "$WORKER" "$RUN_DIR" 0 2>&1); then
-        ok "jobs can be submitted from this node"
-    else
-        failed "jobs cannot be submitted from this node: $(last "$said")" "sbatch on PATH $IN_SITE, or ask your site"
-    fi
-}
-
 on_node() {                                                  # on_node ROLE FOLDER WAIT: all that a job does
     ROLE=$1 RUN_DIR=$2 WAIT=$3
     local said
@@ -263,10 +215,15 @@ on_node() {                                                  # on_node ROLE FOLD
     trap 'end_owned; touch "$RUN_DIR/done-$ROLE"' EXIT
     trap 'exit 143' TERM
     said=$(grep -iE 'not found|no such|error|unable|cannot' "$RUN_DIR/$ROLE.out")
-    [[ -z $said ]] || warning "experiments/site.sh: $(last "$said")" "that line of it"   # a job goes on after it
+    [[ -z $said ]] || line warning "experiments/site.sh: $(last "$said")" "that line of it"   # a job goes on after it
     touch "$RUN_DIR/up-$ROLE"
-    patiently $((WAIT * 60 + 60)) arrived "ask-$ROLE" && touch "$RUN_DIR/answer-$ROLE"
-    [[ $ROLE == worker ]] || check_submission
+    if [[ $ROLE == head ]]; then                             # it submits the workers
+        if said=$(cd "$EXERCISE" && timeout 60 sbatch --test-only "$WORKER" "$RUN_DIR" 0 2>&1); then
+            line ok "jobs can be submitted from this node"
+        else
+            failed "jobs cannot be submitted from this node: $(last "$said")" "PATH $IN_SITE, or ask your site"
+        fi
+    fi
     check_packages || exit 1
     prepare_ray
     check_address
@@ -276,57 +233,52 @@ on_node() {                                                  # on_node ROLE FOLD
 }
 
 # ---- The login node waits for them -----------------------------------------------------------------------------------
-declare -A JOBS=() STATE=() NEXT_LOOK=()                     # by role; STATE: "PENDING Resources", "ended"
-look() {                                                     # look ROLE: asks Slurm every three seconds
+declare -A JOBS=() STATE=()                                  # by role; STATE: "PENDING Resources", "ended"
+NEXT_LOOK=0
+arrived_or_ended() {                                         # arrived_or_ended FILE ROLE: asks Slurm every 3 s
     local queue
-    ((SECONDS >= ${NEXT_LOOK[$1]:-0})) || return 0
-    NEXT_LOOK[$1]=$((SECONDS + 3))
-    queue=$(timeout 30 squeue --noheader --me --format='%i %T %r' 2>/dev/null) || return 0
-    STATE[$1]=$(grep -oP "^${JOBS[$1]} \K.*" <<<"$queue" || echo "ended")
+    arrived "$1-$2" && return
+    ((SECONDS >= NEXT_LOOK)) || return
+    NEXT_LOOK=$((SECONDS + 3))
+    queue=$(timeout 30 squeue --noheader --me --format='%i %T %r' 2>/dev/null) || return
+    STATE[$2]=$(grep -oP "^${JOBS[$2]} \K.*" <<<"$queue" || echo "ended")
+    [[ ${STATE[$2]} == ended ]]
 }
-arrived_or_ended() { arrived "$1-$2" || { look "$2"; [[ ${STATE[$2]} == ended ]]; }; }
 
-check_folder() {                                             # check_folder ROLE: do they see each other's files?
-    local role=$1 begin
+await_node() {                                               # await_node ROLE: until its job has a file here
+    local role=$1
     echo "waiting for job ${JOBS[$role]}, the $role node, for up to $WAIT minutes" >&2
     patiently $((WAIT * 60)) arrived_or_ended up "$role"
-    if ! arrived "up-$role"; then
-        if [[ ${STATE[$role]} == PENDING* ]]; then
-            failed "$role node: its job has waited $WAIT minutes in the queue (${STATE[$role]})" "--wait 60"
-        elif [[ -s $RUN_DIR/$role.out ]]; then
-            failed "$role node: its job ended early: $(last "$(<"$RUN_DIR/$role.out")")" "experiments/site.sh"
-        else
-            failed "shared folder: nothing of the $role node (${STATE[$role]}) arrives in $RUN_DIR" "$SHARED"
-        fi
-        return 1
+    if arrived "up-$role"; then
+        line ok "shared folder: the $role node's files arrive in $RUN_DIR"
+    elif [[ ${STATE[$role]} == PENDING* ]]; then
+        failed "$role node: its job has waited $WAIT minutes in the queue (${STATE[$role]})" "--wait 60"
+    elif [[ -s $RUN_DIR/$role.out ]]; then
+        failed "$role node: its job ended early: $(last "$(<"$RUN_DIR/$role.out")")" "experiments/site.sh"
+    else
+        failed "shared folder: nothing of the $role node (${STATE[$role]}) arrives in $RUN_DIR" \
+            "the repository on another file system, which all nodes see"
     fi
-    begin=$SECONDS
-    touch "$RUN_DIR/ask-$role"
-    patiently 60 arrived_or_ended answer "$role"
-    arrived "answer-$role" && ((SECONDS - begin < LATE))
-    verdict $? "shared folder: from here to the $role node and back a file takes $((SECONDS - begin)) s" \
-        "and a run starts and ends later by that" "$SHARED" warning
-}
-
-show() {                                                     # show ROLE: the lines of its job
-    local kind
-    arrived "done-$1" || failed "$1 node: its checks were cut short: $(last "$(<"$RUN_DIR/$1.out")")"
-    for kind in "${!COUNT[@]}"; do COUNT[$kind]=$((COUNT[$kind] + $(grep -c "^$kind " "$RUN_DIR/$1.out"))); done
-    grep -E '^(ok|warning|FAILED) ' "$RUN_DIR/$1.out"
+    arrived "up-$role"
 }
 
 check_nodes() {
-    local role said
+    local role said kind
     for role in head worker; do
         said=$(submit "$role" 2>&1) || { failed "$role node: $(last "$said")" "its #SBATCH lines"; return; }
         JOBS[$role]=$(job_id "$said") STATE[$role]="unknown"
     done
-    if check_folder head && check_folder worker; then
+    if await_node head && await_node worker; then
         echo "waiting for the checks on both nodes, for up to 10 minutes" >&2
         for role in head worker; do patiently 600 arrived_or_ended "done" "$role"; done
     fi
     end_jobs                                                 # without a worker, the head would wait
-    for role in head worker; do ! arrived "up-$role" || show "$role"; done
+    for role in head worker; do
+        arrived "up-$role" || continue
+        arrived "done-$role" || failed "$role node: its checks were cut short: $(last "$(<"$RUN_DIR/$role.out")")"
+        said=$(grep -E '^(ok|warning|FAILED) ' "$RUN_DIR/$role.out") && echo "$said"
+        for kind in "${!COUNT[@]}"; do COUNT[$kind]=$((COUNT[$kind] + $(grep -c "^$kind " <<<"$said"))); done
+    done
 }
 
 end_jobs() {
@@ -354,9 +306,7 @@ main() {
         *) echo "usage: bash scripts/check_site.sh [--wait MINUTES], MINUTES from 1 to 999; not: $*" >&2; exit 2 ;;
     esac
     trap finish EXIT
-    trap 'exit 143' TERM
-    trap 'exit 130' INT
-    trap 'exit 129' HUP
+    trap 'exit 130' INT TERM HUP
     set +u                                                   # conda and modules break under it
     # shellcheck source=SCRIPTDIR/../experiments/site.sh
     source "$SITE"                                           # the environment that the jobs will have

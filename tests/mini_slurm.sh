@@ -3,17 +3,15 @@
 #
 #   eval "$(bash tests/mini_slurm.sh up)"   # start it (if need be: install it) and point this shell to it
 #   sinfo                                   # head: 8 CPUs; worker1, worker2: 20 CPUs, 8 GPUs in name, feature v100
-#   bash tests/mini_slurm.sh status         # one line per daemon, then the nodes; exit 0 if all is up, else 1
 #   bash tests/mini_slurm.sh down           # cancel all jobs, stop all daemons, remove the folder
 #
-# `up` writes nothing but the export line of SLURM_CONF to stdout; the log is on stderr. Jobs run on this
-# machine as the user who submits them; the CPUs and GPUs of the nodes are booked, not there.
-# All files are in one folder, MINI_SLURM_DIR (default: /tmp/mini_slurm.<uid>); several can be up at once, and a Slurm in
-# /etc/slurm is not touched. MINI_SLURM_FIRST_JOB: the number of its first job (default: after the last that has a log in
-# this repository, so that no job writes into another's files). Root's serves all users, another user's only that user.
+# `up` writes nothing but the export line of SLURM_CONF to stdout; the log is on stderr. Jobs run on this machine as the
+# user who submits them; the CPUs and GPUs of the nodes are booked, not there. All files are in one folder,
+# MINI_SLURM_DIR (default: /tmp/mini_slurm.<uid>); several can be up at once, and a Slurm in /etc/slurm is not touched.
+# Root's serves all users, another user's only that user. MINI_SLURM_FIRST_JOB: the number of its first job (default:
+# after the last that has a log in this repository, so that no job writes into another's files).
 set -euo pipefail
 
-DAEMONS=(munged slurmctld head worker1 worker2)
 KILL_WAIT=5                             # seconds from SIGTERM to SIGKILL when a job is cancelled
 DIR=${MINI_SLURM_DIR:-/tmp/mini_slurm.$UID}
 PATH=$PATH:/usr/sbin:/sbin              # where the daemons are, and a normal user's PATH is not
@@ -87,7 +85,6 @@ SlurmdSpoolDir=$DIR/spool/%n
 SlurmctldPidFile=$DIR/run/slurmctld.pid
 SlurmdPidFile=$DIR/run/%n.pid
 MinJobAge=3600
-MailProg=/bin/true
 SchedulerParameters=bf_interval=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
@@ -132,13 +129,12 @@ start() {           # start NAME COMMAND...: in the background, in a session of 
     echo $! >"$DIR/run/$name.pid"
 }
 
-pid_of() {          # prints the pid of a daemon of this folder; fails if it does not run
-    local pid
-    pid=$(cat "$DIR/run/$1.pid" 2>/dev/null) && [[ -n $pid ]] || return 1
-    grep -qsF -- "$DIR/" "/proc/$pid/cmdline" && echo "$pid"
+all_running() {     # does each daemon of this folder?
+    local name pid
+    for name in munged slurmctld head worker1 worker2; do
+        pid=$(cat "$DIR/run/$name.pid" 2>/dev/null) && grep -qsF -- "$DIR/" "/proc/$pid/cmdline" || return 1
+    done
 }
-
-all_running()       { local name; for name in "${DAEMONS[@]}"; do pid_of "$name" >/dev/null || return 1; done; }
 munge_answers()     { timeout 5 munge --socket="$DIR/munge/socket" --no-input; }
 slurmctld_answers() { timeout 5 scontrol ping; }
 nodes_usable() {    # all three idle or at work; a node that Slurm has set aside is called back
@@ -160,14 +156,8 @@ await() {           # await SECONDS CONDITION: 0 once the condition holds, 1 if 
     done
 }
 
-await_up() {        # await_up SECONDS WHAT CONDITION DAEMON...: dies if it takes longer or one of the daemons ends
-    local end=$(( SECONDS + $1 )) what=$2 condition=$3 why="" name
-    shift 3
-    until await 2 "$condition"; do
-        (( SECONDS < end )) || why="it takes too long"
-        for name; do pid_of "$name" >/dev/null || { why="$name has ended"; set -- "$name"; break; }; done
-        [[ -z $why ]] || { (cd "$DIR/log" && tail -n 8 "${@/%/.err}") >&2; die "waited for $what, but $why"; }
-    done
+await_up() {        # await_up SECONDS WHAT CONDITION: dies if it takes longer
+    await "$1" "$3" || { (cd "$DIR/log" && tail -n 8 ./*.err) >&2; die "waited $1 s for $2"; }
 }
 
 up() {
@@ -183,11 +173,11 @@ up() {
         # --force: only warn if a parent folder is not to munge's taste (a private home, a test's own /tmp)
         start munged munged --foreground --force --socket="$DIR/munge/socket" --key-file="$DIR/munge/key" \
             --pid-file="$DIR/run/munged.pid" --seed-file="$DIR/munge/seed"
-        await_up 20 "munged to answer" munge_answers munged
+        await_up 20 "munged to answer" munge_answers
         start slurmctld slurmctld -D -f "$SLURM_CONF"
-        await_up 30 "slurmctld to answer" slurmctld_answers munged slurmctld
+        await_up 30 "slurmctld to answer" slurmctld_answers
         for name in head worker1 worker2; do start "$name" slurmd -D -f "$SLURM_CONF" -N "$name"; done
-        await_up 30 "all nodes to be idle" nodes_usable "${DAEMONS[@]}"
+        await_up 30 "all nodes to be idle" nodes_usable
         log "up in $DIR"
     fi
     printf 'export SLURM_CONF=%q\n' "$SLURM_CONF"
@@ -228,21 +218,11 @@ down() {
     log "down; nothing is left in $DIR"
 }
 
-status() {
-    local name pid rc=0
-    check_folder
-    for name in "${DAEMONS[@]}"; do
-        if pid=$(pid_of "$name"); then echo "$name: up, pid $pid"; else echo "$name: down"; rc=1; fi
-    done
-    (( rc == 0 )) || return 1           # sinfo would only wait for what is down
-    timeout 10 sinfo -N && await 1 nodes_usable
-}
-
 main() {
     umask 022
     unset "${!SLURM_@}" "${!SBATCH_@}"  # of a job or a cluster that this shell may belong to
     case $* in
-        up | down | status) "$1" ;;
+        up | down)          "$1" ;;
         -h | --help | "")   usage ;;
         *)                  log "unknown argument: $*"; usage >&2; exit 2 ;;
     esac

@@ -69,11 +69,11 @@ def nothing_left(site, cluster_environ):
 
 # ---- All is well -------------------------------------------------------------------------------------------
 EVERYWHERE = ("packages: those of requirements.txt", r"inputs: .*/squad can be loaded")
-ON_NODES = (*EVERYWHERE, "address: ", "disk: .*runs", "disk: /tmp ", "/dev/shm", "open files", "socket path")
+ON_NODES = (*EVERYWHERE, "address: ", "disk: .*runs", "disk: /tmp ", "/dev/shm")
 ALL_IS_WELL = {
     "login": (*EVERYWHERE, "Slurm: slurm", f"{HEAD}: Slurm takes it", f"{WORKER}: Slurm takes it",
               "bloom_hpo_manual.slurm: Slurm takes it", "save_best.slurm: Slurm takes it",
-              "shared folder: from here to the head node", "shared folder: from here to the worker node"),
+              "shared folder: the head node's files arrive", "shared folder: the worker node's files arrive"),
     "head": (*ON_NODES, "jobs can be submitted", r"head -> worker: connected to 127.0.0.1 port \d+"),
     "worker1": (*ON_NODES, r"worker -> head: connected to 127.0.0.1 port \d+", "GPUs: PyTorch",
                 r"capacity: 4 trial\(s\)", r"processes: .* 4 trial\(s\) at once need 1700"),
@@ -100,9 +100,9 @@ def test_without_slurm_it_says_so_and_checks_this_machine(site, tmp_path):
     status, lines = check(site, PATH=str(tmp_path / "bin"))
     assert status == 0
     assert lines[0].startswith("warning  login     Slurm: no sbatch here, so this machine alone is checked")
-    said = re.compile("(?:ok|warning) +login +(packages|disk|/dev/shm|processes|open files|socket path)")
+    said = re.compile("(?:ok|warning) +login +(packages|disk|/dev/shm|processes)")
     found = [said.match(line)[1] for line in lines[1:-1]]
-    assert found == ["packages", "disk", "disk", "/dev/shm", "processes", "open files", "socket path"]
+    assert found == ["packages", "disk", "disk", "/dev/shm", "processes"]
     assert not (site / ASHA / "runs").exists()
     (site / ASHA / "runs").write_text("a file")
     status, lines = check(site, PATH=str(tmp_path / "bin"))
@@ -118,22 +118,18 @@ FAILED, WARNING = r"FAILED +\w+ +", r"warning +\w+ +"
 RAY_LOG = r'RAY_LOG=$RUN_DIR/log; printf "Traceback\nValueError: the cause\nRemaining will be killed.\n" >"$RAY_LOG"'
 RAY_STARTED = f"{RAY_LOG}; true & RAY=$!; wait; (ray_started) 2>&1"  # it has ended early
 STATES = [  # check, what is done before it, what it must say
-    ("check_packages", "sed -i s/^torch==.*/torch==1.0/ requirements.txt", FAILED + ".*torch 2.* instead of ==1.0; "),
-    ("check_packages", "echo no-such-one==2 >>requirements.txt", FAILED + ".*no-such-one missing instead of ==2; "),
-    ("check_packages", "export PYTHONPATH=/none", WARNING + ".*PYTHONPATH has /none, .*fix: unset PYTHONPATH"),
+    ("check_packages", "sed -i s/^torch==.*/torch==1.0/ requirements.txt", FAILED + ".*, but not torch==1.0; "),
+    ("check_packages", "echo no-such-one==2 >>requirements.txt", FAILED + "packages: .*, but not no-such-one==2; "),
     ("check_packages", "rm .venv; PATH=/none", FAILED + r"Python: no python found; run: bash \S+scripts/setup_env.sh"),
     ("check_inputs", "export SQUAD_DATA=$PWD", FAILED + "inputs: SQUAD_DATA='"),
     ("check_inputs", "export LR_LOWER=1 NUM_EPOCHS=x", FAILED + f"inputs: NUM_EPOCHS='x': .*{FAILED}inputs: LR_LOWER="),
     ('check_disk "$RUN_DIR" 100', MOUNT.format("20m", 0, '"$RUN_DIR"'),
      FAILED + "disk: .*/runs has 20 MB free, a run needs 100; fix: "),
     ('check_disk "$RUN_DIR" 100', MOUNT.format("200m", 1, '"$RUN_DIR"'),
-     FAILED + "disk: 50 MB cannot be written to .*/runs: dd.* No space left on device; fix: see your quota"),
-    ("check_shm", MOUNT.format("64m", 0, "/dev/shm"), WARNING + r"/dev/shm has 64 MB free, Ray wants 500 .*fix: "),
+     FAILED + "disk: .*/runs has .*, 50 MB cannot be written: dd.* No space left on device; fix: make room"),
+    ("check_shm", MOUNT.format("64m", 0, "/dev/shm"), WARNING + r"/dev/shm has 64 MB free, Ray wants 500, .*fix: "),
     ("check_limits", "ulimit -u 400",
      FAILED + r"processes: -?\d+ more may be started, 1 trial\(s\) at once need 800.*fix: ulimit -u \(now 400\)"),
-    ("check_limits", "ulimit -n 256", FAILED + "open files: ulimit -n 256, a run needs 1024; fix: ulimit -n 1024"),
-    ("prepare_ray; check_socket", "mkdir -p private/tmp-of-the-user-on-this-node; RAY_AT=$PWD/$_",
-     FAILED + "socket path: .* of at most 107 characters, OSError: AF_UNIX path too long; fix: "),
     ("check_gpus", "export SLURM_JOB_ID=1 ON_SLURM=yes SLURM_CPUS_ON_NODE=20 CPUS_PER_WORKER=16",
      FAILED + r"capacity: 0 trial.*ERROR: one trial \(.*does not fit on a node with 20 CPUs"),
     ("check_address", "export NODE_ADDRESS=203.0.113.7",
@@ -151,8 +147,6 @@ STATES = [  # check, what is done before it, what it must say
 
 @pytest.mark.parametrize("command, before, said", STATES, ids=lambda text: text[:50])
 def test_a_check_fails(site, inputs, command, before, said):
-    if "RAY_AT" in before:  # a site whose jobs have a /tmp of their own
-        edit(site / "scripts/job/ray_job.sh", '"/tmp/ray_', '"$RAY_AT/ray_')
     if command != "check_packages":
         before = f"choose_python; {before or ':'}"
     assert re.search(said, one_check(site, before, command, **inputs), re.DOTALL)
@@ -163,7 +157,6 @@ JOB_FILE = f"FAILED +login +{HEAD}: "
 ON_SLURM = [  # check, what is done before it, what it must say
     ("check_slurm", 'SLURM_CONF=/none; timeout() { command timeout 1 "${@:2}"; }',
      FAILED + "Slurm: no answer to squeue --me: squeue: .*fix: "),
-    ("check_slurm", "EXPORT=NONE", WARNING + "Slurm: .*SBATCH_EXPORT=NONE.*fix: unset SBATCH_EXPORT"),
     ("check_slurm", 'sed -i s/v100/h100/ "$SITE"', FAILED + ".*site.sh.*; fix: bash experiments/site.sh"),
     ("check_slurm", "mkdir bin; ln -s $(type -P squeue scancel sinfo sed xargs echo) bin; PATH=$PWD/bin",
      FAILED + "Slurm: not on the PATH: sbatch scontrol; fix: module load slurm"),
@@ -197,14 +190,12 @@ head) PATH={tmp_path}:$PATH; module load cuda ;;
 worker*) [[ -n ${{CLOSED:-}} ]] || CLOSED=yes exec unshare -rn bash "$0"   # a network of its own
          PATH=$PATH:/usr/sbin; ip link set lo up; NODE_ADDRESS=127.0.0.1 ;;
 esac""")
-    edit(site / "scripts/check_site.sh", "LATE=10 ", "LATE=0 ")
     status, lines = check(site, **slurm)
     assert status == 1 and lines[-1].endswith(" 3 FAILED")
     for said in (
-        r"FAILED +head +jobs cannot be submitted from this node: not here; fix: sbatch on PATH in experiments/site.sh",
+        r"FAILED +head +jobs cannot be submitted from this node: not here; fix: PATH in experiments/site.sh",
         r"FAILED +head +head -> worker: 127.0.0.1 port \d+: Connection refused; fix: ",
         r"FAILED +worker\d +worker -> head: 127.0.0.1 port \d+: Connection refused; fix: ",
-        r"warning +login +shared folder: from here to the worker node and back a file takes \d+ s",
         r"warning +head +experiments/site.sh: .*module: command not found; fix: ",
     ):
         assert len([line for line in lines if re.match(said, line)]) == 1, said

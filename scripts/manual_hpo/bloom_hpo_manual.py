@@ -47,7 +47,7 @@ def train(hyperparameters, settings, csv_file=None, record_file=None, new_model=
     """
     from transformers import TrainerCallback
 
-    start, reports = time.monotonic(), []
+    start, runtime, reports = time.monotonic(), 0.0, []
     drawn = " ".join(f"{key}={value}" for key, value in hyperparameters.items())
 
     def record(event, **fields):
@@ -58,6 +58,8 @@ def train(hyperparameters, settings, csv_file=None, record_file=None, new_model=
         """One line for each evaluation."""
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            nonlocal runtime
+            runtime = time.monotonic() - start  # until the last report, as Ray counts it
             loss, epoch = metrics["eval_answer_loss"], round(state.epoch)
             finite = math.isfinite(loss)
             if new_model and finite and loss < min(reports, default=(math.inf,))[0]:
@@ -66,7 +68,7 @@ def train(hyperparameters, settings, csv_file=None, record_file=None, new_model=
             if FIRST:
                 text = f"{drawn}  epoch {epoch}/{settings.NUM_EPOCHS}  eval_loss {loss:.5f}"
                 print(f"{time.strftime('%H:%M:%S')} manual | {text}", flush=True)
-            record("report", epoch=epoch, eval_loss=loss if finite else None, seconds=time.monotonic() - start,
+            record("report", epoch=epoch, eval_loss=loss if finite else None, seconds=runtime,
                    training_iteration=epoch, decision="CONTINUE")
 
     record("trial_started", config=hyperparameters)
@@ -81,7 +83,6 @@ def train(hyperparameters, settings, csv_file=None, record_file=None, new_model=
     if not reports:
         raise InputError(f"{drawn}: diverged, no epoch has a finite eval_loss; use a lower learning rate")
     loss, epoch = min(reports)
-    runtime = time.monotonic() - start
     if new_model:
         new_model.finish(settings, {"hyperparameters": hyperparameters, "eval_loss": loss, "epoch": epoch})
     print(f"RESULT {drawn} eval_loss={loss:.6f} epoch={epoch} runtime_s={runtime:.1f}", flush=True)
