@@ -32,28 +32,18 @@ def log(text):
     print(text, file=sys.stderr, flush=True)
 
 
-# ---- Folders ---------------------------------------------------------------------------------------------------------
 def place(source, folder):
-    """(target, complete): the folder in `folder` for `source`, and whether all of it is there.
-
-    Raises InputError if it holds something else.
-    """
+    """(target, complete): the folder in `folder` for `source`, and whether all of it is there."""
     folder.mkdir(exist_ok=True)
     if Path(source).parent == folder and (Path(source) / MARK).exists():  # what an earlier call has printed
         return Path(source), True
     target = folder / (Path(source).name if os.path.isabs(source) else source.replace("/", "--"))
-    try:
-        made = json.loads((target / MARK).read_text(encoding="utf-8"))
-        if made["source"] == source:
-            return target, made["complete"] and not os.path.isabs(source)  # a local folder may have changed
-        holds = f"holds {made['source']}"
-    except FileNotFoundError:
-        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-            return target, False
-        holds = "was not made by this script"
-    except (OSError, ValueError, KeyError, TypeError):
-        holds = f"has a {MARK} that cannot be read"
-    raise InputError(f"{target} {holds}; remove it, or give another folder")
+    made = json.loads((target / MARK).read_text(encoding="utf-8")) if (target / MARK).exists() else {}
+    if made.get("source") == source:
+        return target, made["complete"] and not os.path.isabs(source)  # a local folder may have changed
+    if target.exists() and any(target.iterdir()):
+        raise InputError(f"{target} holds {made.get('source', 'other files')}; remove it, or give another folder")
+    return target, False
 
 
 def mark(target, source, complete):
@@ -62,9 +52,8 @@ def mark(target, source, complete):
     os.replace(target / f"{MARK}.tmp", target / MARK)
 
 
-# ---- Model and data --------------------------------------------------------------------------------------------------
 def files_of_the_model(names):
-    """Of the file names of a model those that a run reads. Raises InputError if it has no weights as safetensors."""
+    """Of the file names of a model those that a run reads. Raises InputError if it has no weights or tokenizer."""
     wanted = lambda name: any(fnmatch.fnmatch(name, pattern) for pattern in CONFIGURATION_AND_TOKENIZER)
     return [*weights_of(names), *(name for name in names if "/" not in name and wanted(name))]
 
@@ -95,7 +84,6 @@ def fetch_data(source, target):
         log(f"fetching {source} {split}")
         rows = check_rows(load_dataset(source, split=split).to_list())
         (target / name).write_text(json.dumps(squad_json(rows), ensure_ascii=False), encoding="utf-8")
-        log(f"wrote {len(rows)} questions to {target / name}")
 
 
 def squad_json(rows):
@@ -116,9 +104,7 @@ def copy(source, names, target):
             shutil.copy2(source / name, target / name)  # the time is set last, so an interrupted copy is made again
 
 
-# ---- Main ------------------------------------------------------------------------------------------------------------
 def main():
-    """Returns the exit status: 0 all is in the folder, 2 something is wrong (one line each)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "data", "folder"):
         parser.add_argument(name, metavar=name.upper())

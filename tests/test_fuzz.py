@@ -104,8 +104,8 @@ def test_a_record_or_log_with_any_damage_is_read_or_refused_in_one_line(tmp_path
             assert one_line(str(error)) and str(error).startswith(f"{path}: ")
             continue
         fill_tables.markdown(fill_tables.sections(run)).encode()
-        fill_tables.csv_text([*fill_tables.trial_rows([run]), *fill_tables.run_rows([run])]).encode()
+        str([*fill_tables.trial_rows([run]), *fill_tables.run_rows([run])]).encode()
         json.dumps(fill_tables.as_json(run), allow_nan=False).encode()
         compare_runs.comparison([run, run])
         draw_report.on_slots(run)
-        as_study.compared(run, lambda trial: trial.best())
+        as_study.compared(run)

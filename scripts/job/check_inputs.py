@@ -5,8 +5,8 @@
     exports=$(python check_inputs.py --export) && eval "$exports"     # for scripts: the settings as variables
     python check_inputs.py --get NUM_EPOCHS SEED      # these values, one per line; model and data stay closed
 
-Numbers come first, within a second; then model and data are loaded as the search will load them, all but the weights.
-With RESUME=FOLDER the settings are those of the run in that folder. Exit status: 0 all is well, 2 problems.
+Model and data are loaded as the search will load them, all but the weights. With RESUME=FOLDER the settings are those
+of the run in that folder. Exit status: 0 all is well, 2 problems.
 """
 
 import argparse
@@ -27,29 +27,23 @@ from this_node import usable_cpus
 
 for package in ("ray", "torch", "transformers", "datasets", "deepspeed"):
     if not importlib.util.find_spec(package):
-        fix = "run scripts/setup_env.sh, or activate the course's environment"
-        print(f"ERROR: {sys.executable} has no package {package}; {fix}", file=sys.stderr)
+        print(f"ERROR: {sys.executable} lacks {package}; run scripts/setup_env.sh, or activate .venv", file=sys.stderr)
         sys.exit(2)
 import raytune_asha_hpo as lesson
 
-LIMITS = {  # name: (lowest, highest)
-    "LR_LOWER": (0, 10), "LR_UPPER": (0, 10), "WD_CHOICES": (0, 10),  # a rate of 0 trains nothing, see read_number
+LIMITS = {  # name: (lowest, highest); the first three need not be whole numbers
+    "LR_LOWER": (0.0, 10.0), "LR_UPPER": (0.0, 10.0), "WD_CHOICES": (0.0, 10.0),  # a rate of 0 trains nothing
     "BS_CHOICES": (1, 1024),  # a batch of 1024 samples has 512 k tokens: more than any GPU holds
     "WORKER_NODES": (1, 1000), "NUM_SAMPLES": (1, 100_000), "NUM_EPOCHS": (1, 10_000),
     "TRAIN_SAMPLES": (1, 1_000_000), "EVAL_SAMPLES": (1, 1_000_000), "TEST_SAMPLES": (1, 1_000_000),  # of ask.py
     "WORKERS_PER_TRIAL": (1, 1024), "CPUS_PER_WORKER": (1, 1024), "GPUS_PER_WORKER": (0, 1),
     "WORKER_DEADLINE": (1, 1_000_000), "CHAT_TEMPLATE": (0, 1), "SEED": (0, 2**31 - 1),
 }  # fmt: skip
-DECIMAL = ("LR_LOWER", "LR_UPPER", "WD_CHOICES")  # the others are whole numbers
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 MAY_CHANGE = ("WORKER_NODES", "CPUS_PER_WORKER", "WORKER_DEADLINE")  # of a resumed run; its results stay
-PROCESSES_PER_CPU = 4  # training processes of a trial on a machine without Slurm, at most
 HUB_SECONDS = 10  # after which the hub counts as out of reach
-ENCODED = 100  # questions of a split that are encoded here; of a file all are read
 INDEX = "model.safetensors.index.json"  # of weights in several files
 TOKENIZERS = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"}
 NEEDS_GPU = {"bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "torch_compile"}  # fields not tried here
-WRONG_DATA = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what unexpected JSON leads to
 
 
 class InputError(Exception):
@@ -57,32 +51,22 @@ class InputError(Exception):
 
 
 def check(environ, look_inside=True):
-    """The settings of a run, all checked. look_inside: model and data, too. Raises InputError.
-
-    Folders become absolute paths, because worker nodes start elsewhere. gpus_required says whether the user
-    has set GPUS_PER_WORKER; if not, nodes without GPUs may train as well.
-    """
+    """The settings of a run, all checked; folders as absolute paths. look_inside: model and data, too."""
     environ, script = environ_of_run(environ)
-    s, problems = SimpleNamespace(gpus_required="GPUS_PER_WORKER" in environ, search_script=script), []
-    for name, (default, *_) in lesson.VARIABLES.items():
-        text = environ.get(name, default)
-        try:
+    texts = {name: environ.get(name, default) for name, (default, *_) in lesson.VARIABLES.items()}
+    s, problems = SimpleNamespace(**dict.fromkeys(texts, float("nan"))), []  # NaN is neither above nor below a limit
+    s.gpus_required, s.search_script = "GPUS_PER_WORKER" in environ, script
+    for name, text in texts.items():
+        with told(problems, name, text):
             setattr(s, name, read_value(name, text))
-        except InputError as error:
-            setattr(s, name, None)
-            problems.append(f"{name}={text!r:.500}: {error} (default: {default!r})")
-    if None not in (s.LR_LOWER, s.LR_UPPER) and s.LR_LOWER >= s.LR_UPPER:
-        lower, upper = (environ.get(name, lesson.VARIABLES[name][0]) for name in ("LR_LOWER", "LR_UPPER"))
-        problems.append(f"LR_LOWER={lower!r} LR_UPPER={upper!r}: LR_LOWER must be the smaller of the two")
-    for name in sorted(environ):
-        if meant := misspelt(name):
-            why = f"no such variable; did you mean {meant}? (otherwise unset {name})"
-            problems.append(f"{name}={environ[name]!r:.500}: {why}")
-    cpus, asked = usable_cpus(), s.WORKERS_PER_TRIAL
-    if look_inside and asked and asked > PROCESSES_PER_CPU * cpus and not environ.get("ON_SLURM"):
-        fix = f"set at most {PROCESSES_PER_CPU * cpus}, or use sbatch"  # there, worker_capacity.py says what fits
-        why = f"too many training processes for this machine with {cpus} CPUs"
-        problems.append(f"WORKERS_PER_TRIAL='{asked}': {why}; {fix}")
+    if s.LR_LOWER >= s.LR_UPPER:
+        problems.append("LR_LOWER={LR_LOWER!r} LR_UPPER={LR_UPPER!r}: LR_LOWER must be the smaller".format(**texts))
+    problems += [f"{name}={environ[name]!r:.500}: no such variable; did you mean {meant}? (otherwise unset {name})"
+                 for name in sorted(environ) if (meant := misspelt(name))]  # fmt: skip
+    most = 4 * usable_cpus()
+    if look_inside and s.WORKERS_PER_TRIAL > most and not environ.get("ON_SLURM"):  # there, worker_capacity.py tells
+        asked = f"WORKERS_PER_TRIAL='{s.WORKERS_PER_TRIAL}'"
+        problems.append(f"{asked}: too many processes for this machine; set at most {most}, or use sbatch")
     if look_inside and not problems:
         problems = search_problems(s) + model_and_data_problems(s)
     if problems:
@@ -109,12 +93,10 @@ def read_value(name, text):
     if not text.strip():
         raise InputError("is empty; unset it to use the default")
     if name == "PRECISION":
-        if text not in PRECISIONS:
-            raise InputError(f"must be one of {', '.join(PRECISIONS)}")
+        if text not in ("auto", "bf16", "fp16", "fp32"):
+            raise InputError("must be one of auto, bf16, fp16, fp32")
         return text
     path = os.path.realpath(os.path.expanduser(text))
-    if not path.isprintable():
-        raise InputError(f"its full path {path!r} contains a line break or the like; use another folder")
     if os.path.isdir(path):
         return path
     if os.path.exists(path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text, re.ASCII):
@@ -124,10 +106,8 @@ def read_value(name, text):
 
 def read_number(name, text):
     low, high = LIMITS[name]
-    kind, word = (float, "a number") if name in DECIMAL else (int, "a whole number")
+    kind, word = (float, "a number") if isinstance(low, float) else (int, "a whole number")
     try:
-        if kind is int and not re.fullmatch("-?[0-9]+", text):  # int() also reads " 1_0", a shell does not
-            raise ValueError
         value = kind(text)
     except ValueError:
         raise InputError(f"is not {word}") from None
@@ -138,15 +118,9 @@ def read_number(name, text):
 
 
 def read_list(name, text):
-    values = []
-    for word in text.split():
-        try:
-            values.append(read_number(name, word))
-        except InputError as error:
-            comma = " (separate with spaces, not commas)" if "," in word else ""
-            raise InputError(f"{word!r:.80} {error}{comma}") from None
-    if not values:
-        raise InputError('is empty; give one or more values separated by spaces, such as "1 2"')
+    if not text.strip() or "," in text:
+        raise InputError('must be one or more values separated by spaces, not commas, such as "1 2"')
+    values = [read_number(name, word) for word in text.split()]
     if len(set(values)) < len(values):
         raise InputError("lists a value twice; list each once")
     return values
@@ -154,41 +128,33 @@ def read_list(name, text):
 
 def environ_of_run(environ):
     """(variables, search script): with RESUME those of the run in that folder; others are refused."""
-    folder = environ.get("RESUME")
-    if not folder:
+    if not (folder := environ.get("RESUME")):
         return environ, None
     import read_run
 
-    saved, script = read_run.settings_of(folder), read_run.started_of(folder).get("script")
-    if not saved:
-        why = f"RESUME={folder!r:.500}: no record of a search (events.jsonl) in this folder"
-        fix = "or, if that run ended before its search began, submit a new one without RESUME"
-        raise InputError(f"{why}; give a folder such as runs/12345, {fix}")
-    if script and not os.path.isfile(script):
-        fix = "put it back, or start a new run without RESUME"
-        raise InputError(f"RESUME={folder!r:.500}: its search script {script} does not exist any more; {fix}")
-    saved = {name: text for name, text in saved.items() if name in lesson.VARIABLES}
-    fixed = [name for name in lesson.VARIABLES if name in environ and name not in MAY_CHANGE]
-    changed = {name: saved.get(name, "the default") for name in fixed if not same(name, environ[name], saved.get(name))}
-    if script and os.path.realpath(environ.get("SEARCH_SCRIPT") or script) != os.path.realpath(script):
-        changed["SEARCH_SCRIPT"] = script
-    if changed:
-        raise InputError("\n".join(f"{name}={environ[name]!r:.500}: the run in {folder} has {its!r}; unset {name}, or "
-                                   "start a new run without RESUME" for name, its in changed.items()))  # fmt: skip
-    return environ | saved | {name: environ[name] for name in MAY_CHANGE if name in environ}, script
+    found, script = read_run.settings_of(folder), read_run.started_of(folder).get("script")
+    if not found:
+        raise InputError(f"RESUME={folder!r:.500}: no record of a search (events.jsonl); give one such as runs/12345")
+    saved = {"SEARCH_SCRIPT": script} | {name: text for name, text in found.items() if name in lesson.VARIABLES}
+    given = {name: environ[name] for name in ("SEARCH_SCRIPT", *lesson.VARIABLES) if name in environ}
+    problems = [f"{name}={text!r:.500}: the run in {folder} has {saved.get(name, 'the default')!r}; unset {name}, or "
+                "start a new run without RESUME"
+                for name, text in given.items() if name not in MAY_CHANGE and not same(name, text, saved.get(name))]
+    if problems:
+        raise InputError("\n".join(problems))
+    return environ | saved | {name: given[name] for name in MAY_CHANGE if name in given}, script
 
 
 def same(name, text, saved):
+    read = os.path.realpath if name == "SEARCH_SCRIPT" else lambda text: read_value(name, text)
     with contextlib.suppress(InputError):
-        return text == saved or (saved is not None and read_value(name, text) == read_value(name, saved))
+        return text == saved or (saved is not None and read(text) == read(saved))
 
 
 # ---- What libraries raise --------------------------------------------------------------------------------
 REASONS = {  # of the classes of an exception, its causes and their bases the first that stands here: why; fix
-    "OfflineModeIsEnabled": "the hub is switched off; unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE",
     "GatedRepoError": "the hub asks you to accept its terms; do so on its page there, then: hf auth login",
     "RepositoryNotFoundError": "the hub has nothing public of this name; check its spelling, or: hf auth login",
-    "HfHubHTTPError": "the hub answers with an error; try again later",
     "TransportError": "the hub cannot be reached from this machine; fetch it on a login node that can, if need be "
                       "through HTTPS_PROXY (bash scripts/prefetch.sh), and give the local folder",
 }  # fmt: skip
@@ -200,7 +166,7 @@ def told(problems, name, value, otherwise="cannot be loaded; fetch it again, or 
     try:
         yield
     except InputError as error:
-        problems.append(f"{name}={value!r}: {error}")
+        problems.append(f"{name}={value!r:.500}: {error}")
     except Exception as error:  # noqa: BLE001  each library raises its own kinds
         chain = [error]
         while cause := chain[-1].__cause__ or chain[-1].__context__:
@@ -211,7 +177,7 @@ def told(problems, name, value, otherwise="cannot be loaded; fetch it again, or 
             why, fix = "the disk is full, or your quota is reached", "make room, or use a folder on another disk"
         if "trust_remote_code" in str(error):
             why, fix = "needs Python code of its own, which is never run", "use another model"
-        problems.append(f"{name}={value!r}: {why} ({one_line(error)}); {fix}")
+        problems.append(f"{name}={value!r:.500}: {why} ({one_line(error)}); {fix}")
 
 
 def one_line(error):
@@ -234,27 +200,23 @@ def model_and_data_problems(s):
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
             if tokenizer.eos_token_id is None:
                 raise InputError("its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
-    with told(problems, "SQUAD_DATA", s.SQUAD_DATA, "is not SQuAD v1.1; give rajpurkar/squad, or another of its form"):
-        for name, (source, rows) in zip(("TRAIN_SAMPLES", "EVAL_SAMPLES"), read_splits(s.SQUAD_DATA), strict=True):
+    with told(problems, "SQUAD_DATA", s.SQUAD_DATA, "cannot be read; give SQuAD's JSON, {train,dev}.jsonl or a hub id"):
+        for name, rows in zip(("TRAIN_SAMPLES", "EVAL_SAMPLES"), read_splits(s.SQUAD_DATA), strict=True):
             asked, found = getattr(s, name), len(rows)
-            few[name] = min(asked, ENCODED)
-            if not os.path.isdir(s.SQUAD_DATA):  # of a large data set only what is used
-                check_rows(lesson.draw(rows, min(asked, found), s.SEED))
+            few[name] = min(asked, 100)  # are encoded here
+            check_rows(lesson.draw(rows, min(asked, found), s.SEED))  # of the hub's data only what is used
             if asked > found:
-                problems.append(f"{name}='{asked}': {source} has only {found} questions; ask for at most {found}")
+                problems.append(f"{name}='{asked}': there are only {found} questions; ask for at most {found}")
     if not problems and s.CHAT_TEMPLATE:
-        no_template = "the tokenizer has no chat template, or one that takes no single prompt; set CHAT_TEMPLATE=0"
-        with told(problems, "CHAT_TEMPLATE", "1", no_template):
-            user = [{"role": "user", "content": "@@"}]
-            if tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True).count("@@") != 1:
-                raise InputError("the chat template does not show the prompt as it is; set CHAT_TEMPLATE=0")
+        no_template = "the model has no chat template, or one that takes no single prompt or does not show the prompt"
+        with told(problems, "CHAT_TEMPLATE", "1", f"{no_template}; set CHAT_TEMPLATE=0"):
+            lesson.neighbour("own_data").in_chat_template("", "", tokenizer)
     if not problems:
         with told(problems, "MODEL_NAME", s.MODEL_NAME):
             encoded = lesson.load_squad(SimpleNamespace(**vars(s) | few | {"MODEL_NAME": place}))
             last = max(token for rows in encoded for row in rows for token in row["input_ids"])
             if last >= (words := config.get_text_config().vocab_size):
-                why = f"its tokenizer makes token {last}, but the model knows only {words}"
-                raise InputError(f"{why}; use a tokenizer without added tokens, or resize the embeddings")
+                raise InputError(f"its tokenizer makes token {last}, but the model knows only {words}; use its own one")
     return problems
 
 
@@ -263,39 +225,35 @@ def check_model(name):
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto as auto
 
-    place, names = find_model(name)
-    if "config.json" not in names:
-        raise InputError("has no config.json; give a folder that save_pretrained wrote")
+    place = find_model(name)
     config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     encoder = type(config) in auto.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if encoder or type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"{config.model_type} is not a causal language model that can be trained; use another one")
     if quantized := getattr(config, "quantization_config", None):
         raise InputError(f"its weights are quantized ({quantized!r:.80}); use the model from which it was made")
-    if not TOKENIZERS & set(names):
-        raise InputError("has no tokenizer files such as tokenizer.json; fetch the whole model, or use another one")
     return place, config
 
 
 def find_model(name):
-    """(place, names of its files): its folder, or one in the hub's cache that is whole, or the hub."""
+    """Its folder, or one in the hub's cache that is whole, or its name on the hub."""
     if os.path.isdir(name):
         open_weights(name)
-        return name, os.listdir(name)
+        return name
     import huggingface_hub as hub
 
     with contextlib.suppress(hub.errors.LocalEntryNotFoundError, InputError):
         folder = hub.snapshot_download(name, local_files_only=True)
         open_weights(folder)
-        if TOKENIZERS & set(os.listdir(folder)):
-            return folder, os.listdir(folder)
-    names = [file.rfilename for file in hub.HfApi().model_info(name, timeout=HUB_SECONDS).siblings]
-    weights_of(names)
-    return name, names
+        return folder
+    weights_of([file.rfilename for file in hub.HfApi().model_info(name, timeout=HUB_SECONDS).siblings])
+    return name
 
 
 def weights_of(names):
-    """Those of a model's files that hold its weights."""
+    """Those of a model's files that hold its weights. Raises InputError if there are none, or no tokenizer."""
+    if not TOKENIZERS & set(names):
+        raise InputError("has no tokenizer files such as tokenizer.json; fetch the whole model, or use another one")
     if "model.safetensors" in names:
         return ["model.safetensors"]
     if INDEX in names:
@@ -311,22 +269,21 @@ def open_weights(folder):
     try:
         index = json.loads((folder / INDEX).read_text("utf-8")) if name == INDEX else {"weight_map": {"all": name}}
         for name in sorted(set(index["weight_map"].values())):
-            with safe_open(folder / name, framework="numpy"):
-                pass
+            safe_open(folder / name, framework="numpy")
     except Exception as error:  # noqa: BLE001  the library has an exception of its own, derived from none
         fix = "remove this folder and fetch the model again (git alone fetches no weights)"
         raise InputError(f"{name} is missing or incomplete ({one_line(error)}); {fix}") from None
 
 
 def read_splits(data):
-    """[(source, rows)] of training and validation. Raises InputError."""
+    """The rows of training and validation. Raises InputError."""
     if os.path.isdir(data):
-        return [(name, read_file(Path(data, name))) for name in files_of_data(data)]
+        return [read_file(Path(data, name)) for name in files_of_data(data)]
     import huggingface_hub as hub
 
     if not hub.constants.HF_HUB_OFFLINE:  # else only the cache is asked
         hub.HfApi().dataset_info(data, timeout=HUB_SECONDS)
-    return list(zip((f"{data} (train)", f"{data} (validation)"), lesson.read_splits(data), strict=True))
+    return lesson.read_splits(data)
 
 
 def files_of_data(folder):
@@ -344,30 +301,22 @@ def read_file(path):
         for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
             if line.strip():
                 source = f"{path.name}, line {number}:"
-                example = json.loads(line.decode())
-                row = {"context": "", "question": example["prompt"], "answers": {"text": [example["answer"]]}}
-                rows += check_rows([row])
-        source = path.name
+                line = json.loads(line.decode())
+                rows += check_rows([{"context": "", "question": line["prompt"], "answers": {"text": [line["answer"]]}}])
         return check_rows(rows)
-    except FileNotFoundError:
-        form = "train-v1.1.json and dev-v1.1.json, or train.jsonl and dev.jsonl"
-        raise InputError(f"no file {path.name} in this folder; give a folder that has {form}") from None
-    except OSError as error:
-        raise InputError(f"{path.name} cannot be read ({error.strerror}); fix its permissions") from None
-    except WRONG_DATA as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # of unexpected JSON
         raise InputError(f"{source} is not {form} ({one_line(error)}); mend it, or fetch it again") from None
 
 
 def check_rows(rows):
-    """The rows. Raises one of WRONG_DATA if a row cannot be trained on, or is not what would be trained on."""
+    """The rows. Raises an error if a row cannot be trained on, or is not what would be trained on."""
     if not rows:
         raise ValueError("no questions")
     for row in rows:
         prompt, answers = row["context"] + row["question"], row["answers"]["text"]
-        if not isinstance(answers, list):
-            raise TypeError(f"the answers to {row['question']!r:.60} are not a list of texts")
-        if not prompt.strip() or not answers or not answers[0].strip():
-            raise ValueError(f"{row['question']!r:.60} is an empty question or, as in SQuAD v2, has no answer")
+        if not prompt.strip() or not isinstance(answers, list) or not answers or not answers[0].strip():
+            why = "is an empty question, or its answers are not a list of texts or, as in SQuAD v2, empty"
+            raise ValueError(f"{row['question']!r:.60} {why}")
         "".join([prompt, *answers]).encode()  # tokenizers refuse halves of surrogate pairs
     return rows
 
@@ -382,9 +331,8 @@ def search_problems(s):
         if set(space) != {"train_loop_config"}:
             return [f"search space: has {sorted(space)}; put what is drawn into train_loop_config, nothing beside it"]
         if isinstance(chosen, (PopulationBasedTraining, HyperBandScheduler)):
-            why = "interrupts trials and continues them from checkpoints, which raytune_asha_hpo.py does not save"
-            fix = "use raytune_pbt_hpo.py, or a scheduler that only stops trials"
-            return [f"scheduler: {type(chosen).__name__} {why}; {fix}"]
+            why = "continues trials from checkpoints, and raytune_asha_hpo.py saves none; use raytune_pbt_hpo.py"
+            return [f"scheduler: {type(chosen).__name__} {why}, or a scheduler that only stops trials"]
         return trainer_problems(space["train_loop_config"])
     except Exception as error:  # noqa: BLE001  it is the user's code
         return [f"search space or scheduler: {one_line(error)}; mend it in raytune_asha_hpo.py"]
@@ -403,9 +351,8 @@ def trainer_problems(drawn):
 
     fields, problems = [*ours, *TrainingArguments.__dataclass_fields__], []
     for name in sorted(set(drawn) - set(fields)):
-        why = f"{name!r} is no hyperparameter: neither one of {', '.join(ours)} nor a field of TrainingArguments"
-        meant = difflib.get_close_matches(name, fields, 1)
-        problems.append(f"search space: {why}; " + (f"did you mean {meant[0]!r}?" if meant else "remove it"))
+        (nearest,) = difflib.get_close_matches(name, fields, 1, cutoff=0)
+        problems.append(f"search space: {name!r} is no hyperparameter; remove it, or did you mean {nearest!r}?")
     for _ in range(0 if problems else 20):  # draws
         for _, values in generate_variants(drawn):
             values = {ours.get(name, name): value for name, value in values.items() if name not in NEEDS_GPU}
@@ -427,9 +374,8 @@ def export_lines(s):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--export", action="store_true", help="export lines for a shell; table on stderr")
-    what.add_argument("--get", nargs="+", metavar="NAME", choices=lesson.VARIABLES, help="one per line")
+    parser.add_argument("--export", action="store_true", help="export lines for a shell; table on stderr")
+    parser.add_argument("--get", nargs="+", metavar="NAME", choices=lesson.VARIABLES, help="one per line")
     a = parser.parse_args()
     try:
         s = check(os.environ, look_inside=not a.get)
@@ -439,8 +385,7 @@ def main():
     if not a.get:
         shown = sys.stderr if a.export else sys.stdout
         shown.reconfigure(errors="backslashreplace")  # a path can have letters that the terminal lacks
-        table = (f"  {name:<18} {as_text(getattr(s, name))}" for name in lesson.VARIABLES)
-        print(*table, sep="\n", file=shown, flush=True)
+        print(*(f"  {name:<18} {as_text(getattr(s, name))}" for name in lesson.VARIABLES), sep="\n", file=shown)
     lines = export_lines(s) if a.export else [as_text(getattr(s, name)) for name in a.get or ()]
     sys.stdout.buffer.write(b"".join(os.fsencode(f"{line}\n") for line in lines))  # the exact bytes
     return 0

@@ -17,23 +17,21 @@ import itertools
 import math
 import os
 import random
-import signal
+import re
 import sys
 from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 
-import rooms  # noqa: F401  # isort: skip
+import rooms  # noqa: F401
+from check_inputs import InputError, check, lesson
+from read_run import as_run, events_of
 
-import check_inputs
-import read_run
-
-lesson = check_inputs.lesson
 RUNS = Path(__file__).resolve().parents[2] / "experiments/raytune/scheduler/asha/runs"
 SAME = ("MODEL_NAME", "SQUAD_DATA", "TRAIN_SAMPLES", "EVAL_SAMPLES", "WORKERS_PER_TRIAL", "PRECISION")
 EPOCHS = 60_000  # simulated at most, so that it takes a second or two; a search of more epochs has no forecast
 
 
-# ---- Simulated slots, a real scheduler -------------------------------------------------------------------
 class Trial:
     """What a scheduler sees of a Ray trial, and the curve that it replays: a loss and a duration for each epoch."""
 
@@ -45,8 +43,7 @@ class Trial:
 def replay(scheduler, curves, slots, startup=0.0):
     """One search, whose trials have these curves, on `slots` slots: {"epochs", "seconds", "best", "trials": [Trial]}.
 
-    curves: [(losses, seconds)]; startup: seconds before a trial's first epoch. In the result: seconds = slots x wall
-    time; best = the lowest loss.
+    curves: [(losses, seconds)]; startup: seconds before a trial's first epoch. seconds: slots x wall time.
     """
     trials = [Trial(number, *curve) for number, curve in enumerate(curves)]
     live = lambda: [trial for trial in trials if trial.status != "TERMINATED"]
@@ -76,35 +73,23 @@ def replay(scheduler, curves, slots, startup=0.0):
             heapq.heappush(running, (now + trial.seconds[epoch], next(tie), trial))
 
 
-# ---- Forecast --------------------------------------------------------------------------------------------
 def expected(s, slots):
-    """(5 %, mean, 95 %) of the epochs that a search trains, and its mean wall time in epochs. None: too large."""
-    most = s.NUM_SAMPLES * s.NUM_EPOCHS
-    if most > EPOCHS:
-        return None
-    rng, epochs, time = random.Random(s.SEED), [], 0.0
-    repeats = max(1, min(200, EPOCHS // most))
-    for _ in range(repeats):
-        curves = [([rng.random()] * s.NUM_EPOCHS, [rng.uniform(0.8, 1.2) for _ in range(s.NUM_EPOCHS)])
-                  for _ in range(s.NUM_SAMPLES)]  # fmt: skip
-        found = replay(lesson.scheduler(s), curves, slots)
-        epochs.append(found["epochs"])
-        time += found["seconds"] / slots / repeats
-    epochs.sort()
-    return epochs[round(0.05 * (repeats - 1))], sum(epochs) / repeats, epochs[round(0.95 * (repeats - 1))], time
+    """(5 %, mean, 95 %) of the epochs that a search trains, and its mean wall time in epochs."""
+    rng, repeats = random.Random(s.SEED), min(200, EPOCHS // (s.NUM_SAMPLES * s.NUM_EPOCHS))
+    curve = lambda: ([rng.random()] * s.NUM_EPOCHS, [rng.uniform(0.8, 1.2) for _ in range(s.NUM_EPOCHS)])
+    found = [replay(lesson.scheduler(s), [curve() for _ in range(s.NUM_SAMPLES)], slots) for _ in range(repeats)]
+    epochs, wall = sorted(each["epochs"] for each in found), mean(each["seconds"] for each in found) / slots
+    return epochs[round(0.05 * (repeats - 1))], mean(epochs), epochs[round(0.95 * (repeats - 1))], wall
 
 
 def minutes_per_epoch(s, runs=RUNS):
     """(minutes, where from), or (None, why not)."""
     if text := os.environ.get("MINUTES_PER_EPOCH"):
-        try:
-            if 0 < float(text) < math.inf:
-                return float(text), "MINUTES_PER_EPOCH"
-        except ValueError:
-            pass
+        if re.fullmatch(r"[0-9]*\.?[0-9]+", text) and float(text) > 0:
+            return float(text), "MINUTES_PER_EPOCH"
         return None, f"MINUTES_PER_EPOCH={text!r} is not a number above 0"
     for path in sorted(runs.glob("*/events.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True):
-        run = read_run.as_run(path.parent, read_run.events_of(path.parent))
+        run = as_run(path.parent, events_of(path.parent))
         known = [trial for trial in run.trials.values() if trial.runtime and trial.epochs]
         if known and all(run.settings.get(name) == str(getattr(s, name)) for name in SAME):
             seconds = sum(trial.runtime for trial in known) / sum(trial.epochs for trial in known)
@@ -120,33 +105,31 @@ def amount(minutes, unit=""):
 
 
 def lines(s, slots, Gw):
-    """The forecast: one line on epochs, one on time and GPUs."""
-    if (found := expected(s, slots)) is None:
-        return
-    low, mean, high, wall = found
+    """The forecast: one line on epochs, one on time and GPUs; none of a search too large to simulate."""
     most, each = s.NUM_SAMPLES * s.NUM_EPOCHS, s.WORKERS_PER_TRIAL * Gw
-    yield f"{low} to {high} of {most} epochs, {mean:.0f} on average, with {slots} trial(s) at once"
+    if most > EPOCHS:
+        return
+    low, average, high, wall = expected(s, slots)
+    yield f"{low} to {high} of {most} epochs, {average:.0f} on average, with {slots} trial(s) at once"
     minutes, source = minutes_per_epoch(s)
     if minutes is None:
         yield f"time and GPU-hours are not known: {source}"
         return
     unit, at_most = "GPU-" if each else "slot-", math.ceil(s.NUM_SAMPLES / slots) * s.NUM_EPOCHS
     about, most = ((amount(time * minutes), amount(epochs * max(1, each) * minutes, unit))
-                   for time, epochs in ((wall, mean), (at_most, most)))  # fmt: skip
+                   for time, epochs in ((wall, average), (at_most, most)))  # fmt: skip
     yield (f"about {about[0]} and {about[1]}, at most {most[0]} and {most[1]}, "
            f"at {minutes:.2g} minutes an epoch ({source})")  # fmt: skip
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slots", type=int, default=1, metavar="N", help="trials at once (default 1)")
     parser.add_argument("--Gw", type=int, default=1, metavar="N", help="GPUs of each worker; 0 on CPUs (default 1)")
     a = parser.parse_args()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" is no error
     try:
-        s = check_inputs.check(os.environ, look_inside=False)
-    except check_inputs.InputError as error:
+        s = check(os.environ, look_inside=False)
+    except InputError as error:
         print(*(f"ERROR: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return 2
     for line in lines(s, max(1, a.slots), a.Gw):

@@ -32,13 +32,11 @@ half = "bf16" if seen and torch.cuda.is_bf16_supported(including_emulation=False
 print(max(seen, len(slices)), half, torch.cuda.get_device_name()) if seen else print("0 fp32 ")"""
 
 BUILD = """
-import torch
-cuda = torch.cuda
-cards = {"%s sm_%d%d" % (cuda.get_device_name(i), *cuda.get_device_capability(i)) for i in range(cuda.device_count())}
-print("torch", torch.__version__, "for", " ".join(cuda.get_arch_list()) or "CPUs alone", "on", *cards or ["no GPU"])"""
+from torch import cuda, version
+on = "%s sm_%d%d" % (cuda.get_device_name(), *cuda.get_device_capability())
+print("torch", version.__version__, "for", *cuda.get_arch_list() or ["CPUs alone"], "on", on)"""
 
 
-# ---- GPUs ------------------------------------------------------------------------------------------------
 def look():
     """(CPUs, GPUs, GPUs of each worker, words), for the variables of a run. SystemExit if a trial finds too few."""
     W, precision = setting("WORKERS_PER_TRIAL", 2, 1), os.environ.get("PRECISION") or "auto"
@@ -94,9 +92,8 @@ def ask_torch(code):
 
 
 def run_python(code, without=None):
-    env = {name: value for name, value in os.environ.items() if name != without}
-    process = subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)  # fmt: skip
+    env, pipe = {name: value for name, value in os.environ.items() if name != without}, subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stdout=pipe, stderr=pipe)
     try:
         out, error = process.communicate(timeout=TORCH_SECONDS)
         return subprocess.CompletedProcess(code, process.returncode, out, error)
@@ -105,7 +102,6 @@ def run_python(code, without=None):
         return fail(f"PyTorch gives no answer on this node within {TORCH_SECONDS} s; is its GPU or file system hung?")
 
 
-# ---- CPUs and processes ----------------------------------------------------------------------------------
 def usable_cpus(root="/"):
     """CPUs that this process may use, at least 1: in a batch job Slurm's, else the smallest of all limits."""
     of_slurm = int(os.environ.get("SLURM_CPUS_ON_NODE") or 0)
@@ -126,17 +122,14 @@ def free_processes(root="/"):
     """Processes and threads that this user may still start here; math.inf without a limit."""
     left, limit = [math.inf], resource.getrlimit(resource.RLIMIT_NPROC)[0]
     if limit != resource.RLIM_INFINITY:
-        mine = [task for task in Path("/proc").glob("[0-9]*") if owner(task) == os.getuid()]
-        left.append(limit - sum(len(list(task.glob("task/*"))) for task in mine))
+        import psutil
+
+        mine = (each.info for each in psutil.process_iter(["uids", "num_threads"]))
+        left.append(limit - sum(each["num_threads"] for each in mine if each["uids"].real == os.getuid()))
     for folder in cgroups("pids", root):
         with contextlib.suppress(OSError, ValueError):
             left.append(int((folder / "pids.max").read_text()) - int((folder / "pids.current").read_text()))
     return min(left)
-
-
-def owner(path):
-    with contextlib.suppress(OSError):
-        return path.stat().st_uid
 
 
 def cgroups(controller, root="/"):
@@ -165,9 +158,7 @@ def likely_cause(address):
     return ""
 
 
-# ---- Settings and errors ---------------------------------------------------------------------------------
 def setting(name, default, low):
-    """A variable's whole number."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal() or int(text) < low:
         fail(f"{name}={text}: set a whole number of at least {low}")

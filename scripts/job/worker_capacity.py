@@ -5,19 +5,12 @@
     python worker_capacity.py --Cnode 32 --Gnode 4 --nodes 3   # another one
     python worker_capacity.py --slots --Cnode 20 --Gnode 0     # the number alone, for scripts
     scontrol show job 4711 | python worker_capacity.py --record     # Cnode and Gnode as Slurm understood this job
-
-Defaults: W, Cw and Gw are WORKERS_PER_TRIAL, CPUS_PER_WORKER and GPUS_PER_WORKER; Cnode and Gnode are those
-of the Slurm job or, if it has GPUs, of this machine.
 """
 
 import argparse
 import os
 import re
-import shutil
-import subprocess
 import sys
-
-from this_node import usable_cpus
 
 
 def trials_at_once(W, Cw, Gw, Csys, Cnode, Gnode):
@@ -29,18 +22,6 @@ def trials_at_once(W, Cw, Gw, Csys, Cnode, Gnode):
     by_cpu = (Cnode - Csys) // (W * Cw)
     by_gpu = Gnode // (W * Gw) if Gw else by_cpu
     return max(0, min(by_cpu, by_gpu))
-
-
-def this_machine():
-    """(CPUs, GPUs, source): of the Slurm job, of this machine if it has GPUs, else of the exercise's node."""
-    env = os.environ
-    if "SLURM_JOB_ID" in env:
-        return usable_cpus(), env.get("SLURM_GPUS_ON_NODE", 0), f"Slurm job {env['SLURM_JOB_ID']}"
-    if shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-        if gpus := listed.count("UUID"):
-            return usable_cpus(), gpus, "this machine"
-    return 20, 8, "the exercise's worker node"
 
 
 def asked_for(record):
@@ -64,23 +45,22 @@ def asked_for(record):
 def main():
     """Prints the two inequalities with numbers; exit status 1 if not even one trial fits."""
     env = os.environ.get
-    cpus, gpus, source = this_machine()
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    for name, default, low, meaning in (
-        ("W", env("WORKERS_PER_TRIAL", "2"), 1, "workers per trial"),
-        ("Cw", env("CPUS_PER_WORKER", "2"), 1, "CPUs per worker"),
-        ("Gw", env("GPUS_PER_WORKER", "1"), 0, "GPUs per worker"),
-        ("Csys", "2", 0, "CPUs left to Ray itself"),
-        ("Cnode", str(cpus), 1, "CPUs of a worker node"),
-        ("Gnode", str(gpus), 0, "GPUs of a worker node"),
-        ("nodes", "1", 1, "worker nodes"),
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default, meaning in (
+        ("W", env("WORKERS_PER_TRIAL", "2"), "workers per trial, WORKERS_PER_TRIAL"),
+        ("Cw", env("CPUS_PER_WORKER", "2"), "CPUs of each, CPUS_PER_WORKER"),
+        ("Gw", env("GPUS_PER_WORKER", "1"), "GPUs of each, GPUS_PER_WORKER"),
+        ("Csys", "2", "CPUs left to Ray itself"),
+        ("Cnode", "20", "CPUs of a worker node"),
+        ("Gnode", "8", "GPUs of a worker node"),
+        ("nodes", "1", "worker nodes"),
     ):
-        parser.add_argument(f"--{name}", type=whole_number(low), default=default,
-                            help=f"{meaning} (default {default})")
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default {default})")
     parser.add_argument("--slots", action="store_true", help="print T alone")
     parser.add_argument("--record", action="store_true", help="read a job's record; Cnode and Gnode are its own")
     a = parser.parse_args()
+    if min(a.W, a.Cw) < 1 or min(a.Gw, a.Csys, a.Cnode, a.Gnode) < 0:
+        parser.error("W and Cw must be at least 1, the others at least 0")
     if a.record:
         a.Cnode, a.Gnode, nodes, more = asked_for(sys.stdin.read())
         # nodes without GPUs: a trial asks for none, unless told to
@@ -97,47 +77,23 @@ def main():
         print(T)
         return 0
     print(f"capacity: {T} trial(s) at once on a node, {T * a.nodes} on {a.nodes} node(s)")
-    if not any(option.startswith(("--Cnode", "--Gnode", "--record")) for option in sys.argv):
-        print(f"  Cnode = {a.Cnode} and Gnode = {a.Gnode}: {source}")
-    inequalities(a, max(T, 1))  # if none fits, the inequality that one trial breaks
+    t = max(T, 1)  # if none fits, the inequality that one trial breaks
+    for left, terms, right, limit in (
+        (a.Csys + t * a.W * a.Cw, f"Csys + T*W*Cw = {a.Csys} + {t}*{a.W}*{a.Cw}", "Cnode", a.Cnode),
+        (t * a.W * a.Gw, f"T*W*Gw = {t}*{a.W}*{a.Gw}", "Gnode", a.Gnode),
+    ):
+        sign, verdict = ("<=", "holds") if left <= limit else (">", "DOES NOT HOLD")
+        print(f"  {terms} = {left} {sign} {right} = {limit}: {verdict}")
     more_cpus, more_gpus = a.Csys + (T + 1) * a.W * a.Cw - a.Cnode, (T + 1) * a.W * a.Gw - a.Gnode
     needs = [f"{n} more {what}" for n, what in ((more_cpus, "CPUs"), (more_gpus, "GPUs")) if n > 0]
     bound = "CPUs and GPUs" if len(needs) == 2 else needs[0].split()[-1]
-    print(f"  bound by {bound}: one more trial needs {' and '.join(needs)} a node"
-          + cheaper(a, T + 1, more_cpus, more_gpus))
+    print(f"  bound by {bound}: one more trial needs {' and '.join(needs)} a node")
     if T == 0:
         asked = f"WORKERS_PER_TRIAL={a.W} CPUS_PER_WORKER={a.Cw} GPUS_PER_WORKER={a.Gw}"
         print(f"ERROR: one trial ({asked}) does not fit on a node with {a.Cnode} CPUs and {a.Gnode} GPUs; "
               "lower these, or ask Slurm for larger nodes")
         return 1
     return 0
-
-
-def inequalities(a, t):
-    """Prints both inequalities for t trials, with numbers and verdict."""
-    for left, terms, right, limit in (
-        (a.Csys + t * a.W * a.Cw, f"Csys + T*W*Cw = {a.Csys} + {t}*{a.W}*{a.Cw}", "Cnode", a.Cnode),
-        (t * a.W * a.Gw, f"T*W*Gw = {t}*{a.W}*{a.Gw}", "Gnode", a.Gnode),
-    ):
-        verdict = "holds" if left <= limit else "DOES NOT HOLD"
-        print(f"  {terms} = {left} {'<=' if left <= limit else '>'} {right} = {limit}: {verdict}")
-
-
-def cheaper(a, t, more_cpus, more_gpus):
-    """What to lower so that t trials fit on the same node: ", or CPUS_PER_WORKER=1"; else empty."""
-    Cw = (a.Cnode - a.Csys) // (t * a.W)  # the most CPUs per worker with which t trials fit
-    return f", or CPUS_PER_WORKER={Cw}" if more_cpus > 0 >= more_gpus and Cw >= 1 else ""
-
-
-def whole_number(low):
-    """A parser for argparse: a whole number of at least low."""
-
-    def parse(text):
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
-        return int(text)
-
-    return parse
 
 
 if __name__ == "__main__":

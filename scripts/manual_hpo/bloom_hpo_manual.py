@@ -68,7 +68,7 @@ def train(hyperparameters, settings, csv_file=None, record_file=None, new_model=
             if FIRST:
                 text = f"{drawn}  epoch {epoch}/{settings.NUM_EPOCHS}  eval_loss {loss:.5f}"
                 print(f"{time.strftime('%H:%M:%S')} manual | {text}", flush=True)
-            record("report", epoch=epoch, eval_loss=loss if finite else None, seconds=runtime,
+            record("report", epoch=epoch, eval_loss=loss if finite else None, seconds=round(runtime, 1),
                    training_iteration=epoch, decision="CONTINUE")
 
     record("trial_started", config=hyperparameters)

@@ -76,12 +76,10 @@ class Model:
         accepted = tuple(inspect.signature(self.model.forward).parameters)
         for batch in batches(coded):
             made = hpo.collate(batch, accepted)
-            labels = made.pop("labels")[:, 1:]
+            labels = made.pop("labels")
             made = {name: x.to(self.model.device) if hasattr(x, "to") else x for name, x in made.items()}
             with torch.inference_mode():
-                scores = self.model(**made).logits[:, :-1].float().cpu().transpose(1, 2)
-            loss = torch.nn.functional.cross_entropy(scores, labels, reduction="none").double().sum(1)
-            found += zip(loss.tolist(), (labels != -100).sum(1).tolist(), strict=True)
+                found += hpo.answer_losses(self.model(**made).logits.cpu(), labels).tolist()
         return found
 
 

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -57,7 +56,8 @@ class NewModel:
         if self.first:
             try:
                 self.folder.parent.mkdir(parents=True, exist_ok=True)
-                self.new = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent))
+                self.new = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
+                self.new.mkdir()
             except OSError as error:
                 self.failed(error)
         return self
@@ -91,10 +91,8 @@ class NewModel:
             (self.new / "README.md").write_text(CARD.format(**vars(s) | training | known | {"hyperparameters": drawn}))
             kept = training | {"run": self.run, "settings": vars(s)}
             (self.new / "training.json").write_text(json.dumps(kept, indent=1, default=str))
-            readable = 0o777 & ~umask()  # mkdtemp and safetensors make them for the owner alone
-            self.new.chmod(readable)
-            for path in self.new.iterdir():
-                path.chmod(readable & 0o666)
+            for path in self.new.glob("*.safetensors"):  # written for the owner alone
+                shutil.copymode(self.new / "config.json", path)
             self.replace()
         except Exception as error:  # noqa: BLE001  as in keep()
             self.failed(error)
@@ -117,12 +115,6 @@ class NewModel:
         why = getattr(error, "strerror", None) or str(error).splitlines()[0]
         before = "as it was" if self.folder.exists() else "not written"
         raise InputError(f"--save={str(self.folder)!r}: {why}; the folder is {before}") from None
-
-
-def umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def license_of(name):

@@ -10,21 +10,19 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 from read_run import TITLES, further_names
 
-STATES = {"finished": TrialState.COMPLETE, "stopped by ASHA": TrialState.PRUNED, "diverged": TrialState.FAIL,
-          "FAILED": TrialState.FAIL, "cut off": TrialState.FAIL, "pending": TrialState.WAITING}  # fmt: skip
-FEW = 4  # distinct values of a hyperparameter that count as a choice; more are a range
+STATES = {"finished": TrialState.COMPLETE, "stopped by ASHA": TrialState.PRUNED, "running": TrialState.RUNNING,
+          "pending": TrialState.WAITING}  # fmt: skip
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def write(run, path):
-    """Writes study.db, in one step: all of a run as far as its record tells."""
-    new, ranges = path.absolute().with_name(f"{path.name}.new"), distributions(run)
-    new.write_bytes(b"")  # a new one, or an OSError that names it
-    study = optuna.create_study(study_name=f"run {run.job}", storage=f"sqlite:///{new}")
+    """Writes study.db: all of a run as far as its record tells."""
+    ranges = distributions(run)
+    path.write_bytes(b"")  # a new one, or an OSError that names it
+    study = optuna.create_study(study_name=f"run {run.job}", storage=f"sqlite:///{path}")
     for trial in run.trials.values():
-        state = STATES.get(trial.status, TrialState.RUNNING)
-        if state == TrialState.COMPLETE and trial.best() is None:
-            state = TrialState.FAIL
+        state = STATES.get(trial.status, TrialState.FAIL)
+        state = TrialState.FAIL if state == TrialState.COMPLETE and trial.best() is None else state
         frozen = create_trial(
             state=state,
             value=trial.best() if state in (TrialState.COMPLETE, TrialState.PRUNED) else None,
@@ -37,31 +35,28 @@ def write(run, path):
             frozen.datetime_start = datetime.datetime.fromtimestamp(start)
             frozen.datetime_complete = datetime.datetime.fromtimestamp(end) if state.is_finished() else None
         study.add_trial(frozen)
-    new.replace(path)
 
 
-def compared(run, value_of):
-    """All trials to which value_of(trial) gives a value, as a study in memory, each as if complete.
+def compared(run, loss_of):
+    """All trials of which loss_of(trial) is not None as a study in memory, each as if complete.
 
     Optuna compares complete trials only; of a search with ASHA these are the few that nothing has stopped.
     """
     study, ranges = optuna.create_study(), distributions(run)
-    for trial in run.trials.values():
-        if (value := value_of(trial)) is not None:
-            study.add_trial(create_trial(value=value, **drawn(trial, ranges)))
+    losses = ((trial, loss_of(trial)) for trial in run.trials.values())
+    study.add_trials(create_trial(value=loss, **drawn(trial, ranges)) for trial, loss in losses if loss is not None)
     return study
 
 
 def distributions(run):
-    """{hyperparameter: what its values were drawn from, as far as they show it}, of those that all trials have."""
+    """{hyperparameter: what its values were drawn from, as far as they show it}."""
     found = {}
-    for name in [*TITLES, *further_names([run])] if run.trials else ():
-        values = [plain(trial.params.get(name)) for trial in run.trials.values()]
-        if len(set(values)) > FEW and all(isinstance(value, (int, float)) for value in values):
-            low, high = min(values), max(values)
-            found[name] = FloatDistribution(low, high, log=low > 0 and high > 8 * low)
-        elif all(name in trial.params for trial in run.trials.values()):
-            found[name] = CategoricalDistribution(sorted(set(values), key=str))
+    for name in [*TITLES, *further_names([run])]:
+        values = {plain(trial.params[name]) for trial in run.trials.values() if name in trial.params}
+        if len(values) > 4 and not any(isinstance(value, str) for value in values):  # fewer are a choice
+            found[name] = FloatDistribution(min(values), max(values), log=min(values) > 0)
+        elif values:
+            found[name] = CategoricalDistribution(sorted(values, key=str))
     return found
 
 
@@ -72,4 +67,5 @@ def plain(value):
 
 def drawn(trial, ranges):
     """What create_trial() wants to know of a trial's hyperparameters."""
-    return {"params": {name: plain(trial.params[name]) for name in ranges}, "distributions": ranges}
+    params = {name: plain(value) for name, value in trial.params.items()}
+    return {"params": params, "distributions": {name: ranges[name] for name in params}}

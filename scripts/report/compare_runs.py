@@ -9,7 +9,7 @@ import math
 from read_run import show
 
 SAME_TO_COMPARE = ("MODEL_NAME", "SQUAD_DATA", "TRAIN_SAMPLES", "EVAL_SAMPLES", "NUM_EPOCHS", "SEED",
-                   "WORKERS_PER_TRIAL", "CHAT_TEMPLATE")
+                   "WORKERS_PER_TRIAL", "CHAT_TEMPLATE", "precision", "device")
 
 
 def hms(seconds):
@@ -23,17 +23,21 @@ def title(run):
 
 
 # ---- Costs -------------------------------------------------------------------------------------------------
-def holdings(run):
-    """What a run occupies: its unit and [(from, to, units)], in s from START.
+def sum_of_runtimes(run):
+    return sum(trial.clock() or 0 for trial in run.trials.values())
 
-    The unit is a GPU or, on CPUs, a slot: a place for one trial.
-    """
+
+def seconds_of(run):
+    """How long a run took. A grid that was resumed took the runtimes of its earlier jobs, too."""
+    return max(run.seconds, sum_of_runtimes(run)) if run.manual else run.seconds
+
+
+def holdings(run):
+    """What a run occupies: its unit, a GPU or, on CPUs, a slot for one trial; [(from, to, units)], in s from START."""
     workers = run.workers.values()
     unit = "GPU" if any(worker.gpus for worker in workers) else "slot"
     held = [(w.since, w.until, w.gpus if unit == "GPU" else w.slots) for w in workers]
-    if run.manual:  # all of its job; a resumed grid counts its earlier jobs' runtimes, too
-        held = [(0, max(run.seconds, sum_of_runtimes(run)), peak(held))]
-    return unit, held
+    return unit, [(0, seconds_of(run), peak(held))] if run.manual else held
 
 
 def peak(spans):
@@ -47,17 +51,13 @@ def trials_at_once(run):
     return peak([(w.since, w.until, w.slots) for w in run.workers.values()]) or peak(ran) or 1
 
 
-def sum_of_runtimes(run):
-    return sum(trial.clock() or 0 for trial in run.trials.values())
-
-
 def minutes(held, moment=math.inf):
     """Unit-minutes that were occupied until a moment."""
     return sum(max(0, min(until, moment) - since) * units for since, until, units in held) / 60
 
 
 def totals(run):
-    """Sums over a run as a dict; minutes of `unit` (GPU, or slot: a place for one trial, on CPUs)."""
+    """Sums over a run as a dict; minutes of `unit`."""
     trials, (unit, held) = list(run.trials.values()), holdings(run)
     each = run.number("WORKERS_PER_TRIAL", 2) * run.number("GPUS_PER_WORKER", 1) if unit == "GPU" else 1
     on_slots = sum(until - since for trial in trials for since, until in trial.spans)
@@ -65,49 +65,44 @@ def totals(run):
     n = len(trials) if run.manual else max(run.number("NUM_SAMPLES", 0), len(trials))
     return {
         "sum_of_runtimes_s": sum_of_runtimes(run),
-        "epochs_trained": sum(trial.epochs for trial in trials), "epochs_full_grid": n * run.max_t(),
-        "trials": n, "max_t": run.max_t(), "unit": unit, "units": peak(held),
+        "epochs_trained": sum(trial.epochs for trial in trials), "epochs_full_grid": n * run.max_t,
+        "trials": n, "max_t": run.max_t, "unit": unit, "units": peak(held),
         "allocated_min": minutes(held), "busy_min": busy, "idle_min": max(0, minutes(held) - busy),
     }
 
 
 # ---- Tables ------------------------------------------------------------------------------------------------
+def conditions(run):
+    """What a run ran with: its settings, and what it found on its nodes."""
+    precision = {"precision": " and ".join(sorted(run.precisions))} if run.precisions else {}
+    device = {"GPU": "GPU", "slot": "CPU"}[holdings(run)[0]]
+    return run.settings | precision | {"device": device, "trials at once": str(trials_at_once(run))}
+
+
 def comparison(runs):
     """The cost table, and below it what makes the runs not comparable with the first one."""
-    rows, below = [], []
-    first, base = runs[0], totals(runs[0])
+    rows, below, first, base, known = [], [], runs[0], totals(runs[0]), conditions(runs[0])
+    # Another seed makes another search of the same kind, which is what one may want to compare.
+    same = [name for name in SAME_TO_COMPARE if first.manual or name != "SEED"]
     for run in runs:
-        s = totals(run)
+        s, theirs = totals(run), conditions(run)
         amount, spent = f"{s['units']:g}", f"{s['allocated_min']:.1f}"
         if s["unit"] != "GPU":
             amount, spent = f"0 ({amount} slot(s) on CPUs)", f"{spent} slot-minutes"
-        ratio = "1" if run is first else "-"
-        if run is not first and s["unit"] == base["unit"] and base["allocated_min"]:
-            ratio = f"{s['allocated_min'] / base['allocated_min']:.2f}"
-        seconds = max(run.seconds, s["sum_of_runtimes_s"]) if run.manual else run.seconds
-        rows.append([title(run), show(run.best and run.best["eval_loss"]), hms(seconds), amount, spent, ratio])
-        if run.manual and s["sum_of_runtimes_s"] > run.seconds:
-            below.append(f"{run.job}: the grid was resumed; its runtime is the sum of its trials' runtimes.")
+        related = s["unit"] == base["unit"] and base["allocated_min"]
+        ratio = f"{s['allocated_min'] / base['allocated_min']:.2f}" if related else "-"
+        rows.append([title(run), show(run.best and run.best["eval_loss"]), hms(seconds_of(run)), amount, spent, ratio])
         if run.state() != "complete":
             below.append(f"{run.job}: {run.state()}; its cost is not that of a whole run.")
-    # Another seed makes another search of the same kind, which is what one may want to compare.
-    same = [name for name in SAME_TO_COMPARE if first.manual or name != "SEED"]
-    for run in runs[1:]:
-        pairs = [(name, *(r.settings.get(name, "not given") for r in (first, run))) for name in same]
-        if first.precisions and run.precisions:
-            pairs.append(("the precision", *(" and ".join(sorted(r.precisions)) for r in (first, run))))
-        below += [f"NOT COMPARABLE: {name} is {ours} in {first.job} and {theirs} in {run.job}."
-                  for name, ours, theirs in pairs if ours != theirs]
-        if totals(run)["unit"] != base["unit"]:
-            below.append(f"NOT COMPARABLE: {first.job} and {run.job} did not both run on GPUs.")
+        pairs = [(name, known.get(name, "not given"), theirs.get(name, "not given")) for name in same]
+        below += [f"NOT COMPARABLE: {name} is {ours} in {first.job} and {other} in {run.job}."
+                  for name, ours, other in pairs if ours != other]
         if len(run.trials) != len(first.trials):
-            kind = "combinations" if first.manual else "trials"
-            below.append(f"{first.job} has {len(first.trials)} {kind}, {run.job} has {len(run.trials)} trials.")
+            below.append(f"{first.job} has {len(first.trials)} trials, {run.job} has {len(run.trials)}.")
     if not any(line.startswith("NOT") for line in below):
-        seed = " seed," if "SEED" in same else ""
-        below.append(f"Same model, data, samples, epochs,{seed} workers and precision: the runs are comparable.")
-    below.append("eval loss: the lowest of all epochs. runtime: from START to FINISH. "
-                 "GPU-minutes: allocated ones, idle or not.")
+        below.append("Same model, data, samples, epochs, workers and precision: the runs are comparable.")
+    below.append("eval loss: the lowest of all epochs. runtime: from START to FINISH, of a resumed grid the sum of its "
+                 "trials' runtimes. GPU-minutes: allocated ones, idle or not.")
     ratio = "Ray/manual" if first.manual else "to the first"
     header = ["run type", "eval loss", "runtime", "number of GPUs", "GPU-minutes", f"cost ratio {ratio}"]
     return ("Cost", header, rows, below)
@@ -115,15 +110,9 @@ def comparison(runs):
 
 def differences(runs):
     """The settings in which runs differ, one row a run. A grid does not have all settings of a search."""
-    told = []
-    for run in runs:
-        told.append(run.settings | {"trials at once": str(trials_at_once(run))})
-        if run.precisions:
-            told[-1] |= {"precision": " and ".join(sorted(run.precisions))}
-    names, differ = list(dict.fromkeys(itertools.chain(*told))), []
-    for name in names:
-        known = {each.get(name, "-") for run, each in zip(runs, told) if name in each or not run.manual}
-        differ += [name] if len(known) > 1 else []
+    told = [conditions(run) for run in runs]
+    names = dict.fromkeys(itertools.chain(*told))
+    differ = [name for name in names if len({known[name] for known in told if name in known}) > 1]
     rows = [[title(run), *(known.get(name, "-") for name in differ)] for run, known in zip(runs, told)]
     below = [f"The other {len(names) - len(differ)} settings are the same." if differ else
              "None: with the same settings, runs differ by chance alone."]
@@ -135,9 +124,9 @@ def lowest_so_far(run):
     """[(s from START, loss)] of each report that was lower than all before."""
     trials = [trial for trial in run.trials.values() if trial.status != "FAILED"]
     points = [(report.at, report.loss) for trial in trials for report in trial.finite()]
-    runtimes = [trial.clock() or 0 for trial in trials]
-    if run.manual and sum(runtimes) > run.seconds:  # resumed: one after the other
-        points = [(end, t.best()) for t, end in zip(trials, itertools.accumulate(runtimes)) if t.finite()]
+    if run.manual:  # one after the other, also those of earlier jobs
+        ends = itertools.accumulate(trial.clock() or 0 for trial in trials)
+        points = [(end, trial.best()) for trial, end in zip(trials, ends) if trial.finite()]
     lowest = []
     for moment, loss in sorted(points):
         if not lowest or loss < lowest[-1][1]:
@@ -151,30 +140,22 @@ def picture(runs, path):
     from draw_report import log_axis, set_look
 
     set_look()
-    labels = [title(run).removeprefix("Ray Tune ") for run in runs]
-    columns = 2 if max(map(len, labels)) < 28 else 1
-    height = 3.2 + 0.17 * math.ceil(len(runs) / columns)
-    figure, panels = plt.subplots(1, 2, sharey=True, figsize=(7, height))  # inches: the text width of A4
-    losses, units = [], set()
+    figure, panels = plt.subplots(1, 2, sharey=True, figsize=(7, 3.2 + 0.17 * len(runs)))  # inches: A4's text width
+    losses = []
     for number, run in enumerate(runs):
-        (unit, held), lowest = holdings(run), lowest_so_far(run)
+        (_, held), lowest = holdings(run), lowest_so_far(run)
         if not lowest:
             continue  # its label would have no line; the table tells that it has no loss
-        end = max(run.now, lowest[-1][0])
-        seconds, y = zip(*lowest, (end, lowest[-1][1]))
-        look = {"color": ("black", "0.45")[number % 2], "drawstyle": "steps-post", "markersize": 4.5,
-                "linestyle": ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))[number % 5],
-                "marker": "os^Dv*X"[number % 7], "fillstyle": ("full", "none")[number // 2 % 2],
-                "markevery": range(len(lowest)), "linewidth": 1.3}  # no marker at the run's end: no report
+        seconds, y = zip(*lowest, (max(run.now, lowest[-1][0]), lowest[-1][1]))
+        look = {"drawstyle": "steps-post", "linestyle": ("-", "--", ":", "-.")[number % 4],
+                "marker": "os^Dv*X"[number % 7], "markevery": range(len(lowest))}  # none at the run's end: no report
         losses += y
-        units.add(unit)
-        panels[0].plot([s / 60 for s in seconds], y, **look, label=f"{labels[number]}: {y[-1]:.4g}")
+        panels[0].plot([s / 60 for s in seconds], y, **look, label=f"{title(run)}: {y[-1]:.4g}")
         panels[1].plot([minutes(held, s) for s in seconds], y, **look)
-    panels[0].set(xlabel="minutes from START", ylabel="lowest eval loss so far", xlim=0)
-    of_both = "slot-minutes (on CPUs)" if units == {"slot"} else "GPU-minutes, slot-minutes if on CPUs"
-    panels[1].set(xlim=0, xlabel="GPU-minutes" if units == {"GPU"} else of_both)
+    panels[0].set(xlabel="minutes from START", xlim=0)
+    panels[1].set(xlabel="GPU-minutes (on CPUs: slot-minutes)", xlim=0)
     if losses:
         log_axis(panels[0].yaxis, losses, "lowest eval loss so far")
-        figure.legend(loc="outside upper left", ncols=columns, handlelength=4)
+        figure.legend(loc="outside upper left", handlelength=4)
     figure.savefig(path)
     plt.close(figure)

@@ -4,40 +4,19 @@ import base64
 import html
 import math
 
+import as_study
 import matplotlib.pyplot as plt
+from compare_runs import trials_at_once
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from optuna import visualization
 
 
 # ---- Pictures: for paper of A4 width, at least 8 pt, told apart without colour -----------------------------
 def set_look():
     """matplotlib without a screen, in the look of all pictures."""
     plt.switch_backend("Agg")
-    plt.rcdefaults()
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
                          "savefig.dpi": 200, "legend.frameon": False, "figure.constrained_layout.use": True})
-
-
-def pictures(run, folder):
-    """Writes loss.png and slots.png; one without data says so. -> [(path, caption)]"""
-    set_look()
-    captions = {
-        draw_loss: "Loss against epoch, one line a trial. A cross marks the rung at which ASHA stopped it.",
-        draw_slots: "Trials on slots over time. Numbers are Combo IDs; white is idle.",
-    }
-    made = []
-    for draw, caption in captions.items():
-        figure, axes = plt.subplots(figsize=(7, 4))  # inches: the text width of A4
-        if draw(run, axes):
-            figure.legend(loc="outside upper left", ncols=4)
-        else:
-            figure.set_figheight(1)
-            axes.set_axis_off()
-            axes.text(0.5, 0.5, "nothing to show yet", ha="center")
-        path = folder / f"{draw.__name__.removeprefix('draw_')}.png"
-        figure.savefig(path)
-        plt.close(figure)
-        made.append((path, caption))
-    return made
 
 
 def log_axis(axis, losses, label):
@@ -51,19 +30,16 @@ def log_axis(axis, losses, label):
         axis.set_minor_formatter(NullFormatter())
 
 
-def draw_loss(run, axes):
-    """Picture (a). -> is there anything to draw?"""
-    trials = [trial for trial in run.trials.values() if trial.finite()]
-    if not trials:
-        return False
-    best, few, used, ends = run.best and run.best["trial"], len(trials) <= 40, set(), []
+def draw_loss(run, axes, trials):
+    """Picture (a)."""
+    best, few, max_t, above = run.best and run.best["trial"], len(trials) <= 40, run.max_t, {}
     marks = {"finished": ("o", "ran all epochs"), "stopped by ASHA": ("X", "stopped by ASHA"),
              "diverged": ("^", "diverged"), "FAILED": ("v", "FAILED")}
     log_axis(axes.yaxis, [report.loss for t in trials for report in t.finite()], "Eval Loss")
-    max_t = run.max_t()
-    for rung in [2**k for k in range(20) if 2**k < max_t and not run.manual]:
-        axes.axvline(rung, color="0.7", linewidth=0.8, linestyle=":",
-                     label="rung of ASHA" if rung == 1 else None)
+    powers = [2**k for k in range(20) if 2**k <= max_t]
+    for rung in [power for power in powers if power < max_t and not run.manual]:
+        axes.axvline(rung, color="0.7", linewidth=0.8, linestyle=":", label="rung of ASHA")
+    ends = []
     for t in sorted(trials, key=lambda trial: trial is best):
         points = sorted((report.epoch, report.loss) for report in t.finite())
         mark, label = marks.get(t.status, ("s", "running, or cut off"))
@@ -71,158 +47,99 @@ def draw_loss(run, axes):
             "color": "0.55", "linewidth": 1 if few else 0.4}
         axes.plot(*zip(*points), **look)
         axes.plot(*points[-1], mark, color="black" if t is best else "0.35", markeredgecolor="white",
-                  markeredgewidth=0.5, markersize=6 if few else 3, label=None if label in used else label)
-        used.add(label)
+                  markeredgewidth=0.5, markersize=6 if few else 3, label=label)
         ends.append((*points[-1], t.id, "bold" if t is best else "normal"))
     axes.set_xlabel("epoch")
-    axes.set_xticks(range(1, max_t + 1) if max_t <= 20 else [2**k for k in range(20) if 2**k <= max_t])
+    axes.set_xticks(range(1, max_t + 1) if max_t <= 20 else powers)
     axes.set_xlim(min(0.9, *axes.get_xlim()), max_t + 0.04 * max_t + 0.15)
     axes.margins(y=0.08)
-    if few:
-        name_ends(axes, ends)
-    return True
-
-
-def name_ends(axes, ends):
-    """Combo IDs at the ends of lines, pushed apart where they would overlap. ends: (x, y, text, weight)"""
     axes.figure.draw_without_rendering()  # so that heights on paper are known
-    points = 72 / axes.figure.dpi
-    for x in {end[0] for end in ends}:
-        column = sorted(end for end in ends if end[0] == x)
-        true = [axes.transData.transform(end[:2])[1] * points for end in column]
-        place = list(true)
-        for _ in range(200):  # neighbours nearer than a line's height push each other away
-            for i in range(len(place) - 1):
-                push = max(0, 9.5 - place[i + 1] + place[i]) / 2
-                place[i], place[i + 1] = place[i] - push, place[i + 1] + push
-        for (_, y, text, weight), old, new in zip(column, true, place):
-            line = None
-            if abs(new - old) > 2:
-                line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
-            axes.annotate(text, (x, y), xytext=(13 if line else 7, new - old), textcoords="offset points",
-                          va="center", fontsize=8, weight=weight, arrowprops=line)
+    for x, y, text, weight in sorted(ends) if few else ():  # each at least a line above the one below it
+        height = axes.transData.transform((x, y))[1] * 72 / axes.figure.dpi
+        above[x] = max(height, above.get(x, -math.inf) + 9)
+        axes.annotate(text, (x, y), xytext=(10, above[x] - height), textcoords="offset points", va="center",
+                      fontsize=8, weight=weight, arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.5})
 
 
 def on_slots(run):
-    """Bars (row, trial, from, to), and places (row, from, to): a slot of a worker as long as it was there. In s.
-
-    The record does not say on which slot a trial ran: each takes the first that is free.
-    """
-    taken, places, bars = [], [], []  # taken: until when each row is some worker's
-    for worker in sorted(run.workers.values(), key=lambda worker: worker.since):
-        for _ in range(worker.slots):
-            row = next((row for row, until in enumerate(taken) if until <= worker.since), len(taken))
-            taken[row : row + 1] = [worker.until]
-            places.append((row, worker.since, worker.until))
-    free = [since for _, since, _ in places]
+    """[(row, trial, from, to)], in s: each trial on the first slot that is free; the record does not say on which."""
+    free, bars = [], []
     spans = [(*span, trial) for trial in run.trials.values() for span in trial.spans]
     for start, end, trial in sorted(spans, key=lambda span: span[0]):
         # half a second: a trial's start may be recorded before the end of the one whose place it takes
-        i = next((i for i, (_, _, until) in enumerate(places) if free[i] <= start + 0.5 and start < until), len(places))
-        if i == len(places):  # the record knows of no such place
-            places.append((1 + max((row for row, *_ in places), default=-1), start, end))
-            free.append(start)
-        free[i] = end
-        bars.append((places[i][0], trial, start, end))
-    return bars, places
+        row = next((row for row, until in enumerate(free) if until <= start + 0.5), len(free))
+        free[row : row + 1] = [end]
+        bars.append((row + 1, trial, start, end))
+    return bars
 
 
-def draw_slots(run, axes):
-    """Picture (b). -> is there anything to draw?"""
-    bars, places = on_slots(run)
-    if not bars:
-        return False
-    best, few, used = run.best and run.best["trial"], len(bars) <= 60, set()
-    rows = 1 + max(row for row, *_ in places)
-    looks = {"finished": ("0.6", ""), "stopped by ASHA": ("0.88", ""),
+def draw_slots(run, axes, bars):
+    """Picture (b)."""
+    best, few = run.best and run.best["trial"], len(bars) <= 60
+    rows = max(trials_at_once(run), *(row for row, *_ in bars))
+    looks = {"finished": ("0.6", ""), "stopped by ASHA": ("0.88", ""), "best": ("0.1", ""),
              "diverged": ("white", "...."), "FAILED": ("white", "xxxx")}
     axes.figure.set_figheight(min(9, 1.5 + 0.4 * rows))
-    for row, since, until in places:
-        axes.barh(row, (until - since) / 60, left=since / 60, color="white", edgecolor="0.5",
-                  linewidth=0.6, linestyle=":")
     for row, trial, start, end in bars:
         label = "best" if trial is best else trial.status if trial.status in looks else "running, or cut off"
-        colour, hatch = {**looks, "best": ("0.1", "")}.get(label, ("0.75", "////"))
+        colour, hatch = looks.get(label, ("0.75", "////"))
         axes.barh(row, (end - start) / 60, left=start / 60, color=colour, hatch=hatch, edgecolor="black",
-                  linewidth=0.6 if few else 0.2, label=None if label in used else label)
-        used.add(label)
+                  linewidth=0.6 if few else 0.2, label=label)
         if few and end - start > run.now * 0.014 * len(trial.id):
             axes.text((start + end) / 120, row, trial.id, ha="center", va="center", fontsize=8,
                       color="white" if trial is best else "black",
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 1} if hatch else None)
     axes.set_xlim(0, max(run.now, 1) / 60)
-    axes.set_ylim(rows - 0.4, -0.6)
-    step = 1 + rows // 20
-    axes.set_yticks(range(0, rows, step), range(1, rows + 1, step))
+    axes.set_ylim(rows + 0.6, 0.4)
+    axes.set_yticks(range(1, rows + 1, 1 + rows // 20))
     axes.set_ylabel("slot")
     axes.set_xlabel(f"minutes from START to {'FINISH' if run.finished else 'now'}")
-    return True
 
 
 # ---- report.html -------------------------------------------------------------------------------------------
-def first_losses(run):
-    """(epoch, {trial: loss}): the losses at the first epoch, which all trials have trained; diverged, the worst."""
-    trials = [trial for trial in run.trials.values() if trial.reports and trial.status != "FAILED"]
-    reports = {trial.name: trial.reports[min(trial.reports)] for trial in trials}
-    first = min((r.epoch for r in reports.values()), default=1)
-    losses = {name: r.loss for name, r in reports.items() if r.epoch == first or not math.isfinite(r.loss)}
-    worst = max(filter(math.isfinite, losses.values()), default=0)
-    return first, {name: loss if math.isfinite(loss) else worst for name, loss in losses.items()}
-
-
-def charts(run):
-    """Optuna's charts as HTML, with hover and zoom (plotly, its JavaScript inside)."""
-    import as_study
-    from optuna import visualization
-
-    lowest, name = as_study.compared(run, lambda trial: trial.best()), "Lowest Eval Loss"
-    epoch, first = first_losses(run)
-    at_first = as_study.compared(run, lambda trial: first.get(trial.name))
-    made = []
-    if lowest.trials and lowest.trials[0].params:
-        made += [("Each hyperparameter against the loss", visualization.plot_slice(lowest, target_name=name), ""),
-                 ("Parallel coordinates", visualization.plot_parallel_coordinate(lowest, target_name=name), "")]
-    if len(at_first.trials) >= 5 and len(set(first.values())) > 1:
-        n = len(at_first.trials)
-        weak = f"{n} trials are weak evidence: another draw can turn the order round. " if n < 50 else ""
-        made.append(("Which hyperparameter mattered", visualization.plot_param_importances(at_first), (
-            f"Optuna's importance (PED-ANOVA): do the better trials have other values than all of them? {n} trials, "
-            f"compared at epoch {epoch:g}, which all have trained. {weak}A small share means: not shown to matter, "
-            "which is not the same as does not matter. And what matters at an early epoch need not at the last.")))
-    parts, script = [], True
-    for title, figure, words in made:
-        figure.update_layout(title=None, height=420, margin={"l": 70, "r": 20, "t": 40, "b": 40})
-        chart = figure.to_html(full_html=False, include_plotlyjs=script, config={"displayModeBar": False})
-        parts += [f"<h2>{title}</h2><div class=chart>{chart}</div>", f"<p>{words}</p>" if words else ""]
-        script = False
-    return "\n".join(parts) or "<p>No trial has reported a loss.</p>"
-
-
 REPORT_STYLE = """
 body{font:16px/1.45 sans-serif;max-width:1160px;margin:2em auto;padding:0 1em;color:#111;background:#fff}
 table{border-collapse:collapse;margin:.6em 0}th,td{border:1px solid #999;padding:.25em .7em;text-align:left}
 th{background:#eee}td{font-variant-numeric:tabular-nums;overflow-wrap:break-word;max-width:22em}
-figure{margin:1.2em 0}figure img{width:100%;max-width:900px}.wide{overflow-x:auto}
-@media print{body{font-size:10pt;max-width:none;margin:0}h2{break-after:avoid}
-figure,tr,.chart{break-inside:avoid}.chart{zoom:.7}}"""
+figure{margin:1.2em 0}figure img{width:100%;max-width:900px}.wide{overflow-x:auto}"""
 
 
-def table(header, rows):
-    """A table as HTML."""
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in header)
-    lines = ("".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows)
-    rest = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{rest}</tbody></table></div>"
-
-
-def body(run, images):
-    """What report.html shows below the tables, as HTML: pictures and charts."""
+def body(run, folder):
+    """Writes loss.png and slots.png, each if there is something to show. -> what report.html shows below the tables"""
     parts = ["<h2>Pictures</h2>"]
-    for path, caption in images:
-        data, text = base64.b64encode(path.read_bytes()).decode(), html.escape(caption)
-        parts.append(f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
-                     f"<figcaption>{text}</figcaption></figure>")
-    return "\n".join([*parts, charts(run)])
+    pictures = {
+        "loss.png": (draw_loss, [trial for trial in run.trials.values() if trial.finite()],
+                     "Loss against epoch, one line a trial. A cross marks the rung at which ASHA stopped it."),
+        "slots.png": (draw_slots, on_slots(run),
+                      "Trials on slots over time. Numbers are Combo IDs; white is idle."),
+    }
+    set_look()
+    for name, (draw, data, caption) in pictures.items():
+        if data:
+            figure, axes = plt.subplots(figsize=(7, 4))  # inches: the text width of A4
+            draw(run, axes, data)
+            handles = dict(zip(*reversed(axes.get_legend_handles_labels())))  # each label once
+            figure.legend(handles.values(), handles, loc="outside upper left", ncols=4)
+            figure.savefig(folder / name)
+            plt.close(figure)
+            image = base64.b64encode((folder / name).read_bytes()).decode()
+            parts.append(f'<figure><img alt="{caption}" src="data:image/png;base64,{image}">'
+                         f"<figcaption>{caption}</figcaption></figure>")
+    charts, plotly = {}, True  # plotly's JavaScript stands in the page once
+    study = as_study.compared(run, lambda trial: trial.best())
+    if study.trials and study.trials[0].params:
+        charts["Each hyperparameter against the loss"] = visualization.plot_slice(study, target_name="Lowest Eval Loss")
+        charts["Parallel coordinates"] = visualization.plot_parallel_coordinate(study, target_name="Lowest Eval Loss")
+    first = as_study.compared(run, lambda trial: next((r.loss for r in trial.finite() if r.epoch == 1), None))
+    if len(first.trials) >= 5 and len({trial.value for trial in first.trials}) > 1:
+        title = f"Which hyperparameter mattered at epoch 1 (of {len(first.trials)} trials: another draw can differ)"
+        charts[title] = visualization.plot_param_importances(first)
+    for title, figure in charts.items():
+        figure.update_layout(title=None, height=420, margin={"l": 70, "r": 20, "t": 40, "b": 40})
+        chart = figure.to_html(full_html=False, include_plotlyjs=plotly, config={"displayModeBar": False})
+        parts.append(f"<h2>{title}</h2>{chart}")
+        plotly = False
+    return "\n".join(parts)
 
 
 def page(run, tables, body):
@@ -231,7 +148,10 @@ def page(run, tables, body):
     title, top = f"Search {html.escape(run.job)}", []
     reload = "" if run.finished else '<meta http-equiv="refresh" content="60">'
     for name, header, rows, below in tables:
-        top += [f"<h2>{html.escape(name)}</h2>", table(header, rows) if header else ""]
+        lines = [[f"<th>{html.escape(text)}" for text in header]]
+        lines += [[f"<td>{html.escape(text)}" for text in row] for row in rows]
+        cells = "".join(f"<tr>{''.join(line)}" for line in lines)
+        top += [f"<h2>{html.escape(name)}</h2>", f"<div class=wide><table>{cells}</table></div>" if header else ""]
         top += [f"<p>{html.escape(line)}</p>" for line in below]
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">'

@@ -9,20 +9,16 @@
 
 An input is the log of a head job or of the manual grid, or a run folder. A log leads to its run folder by the job's id,
 and there to the record, events.jsonl. A log alone gives the course's tables; costs, pictures and comparison need the
-record. The tables need only the standard library, --plots matplotlib and plotly, --watch rich. A head job calls this
-with --exit-status N before its FINISH: the tables are written first, then the pictures, then the tables once more.
+record. The tables need only the standard library, --plots matplotlib and plotly, --watch rich.
 
 Exit status: 0, or 2 if an input cannot be used or a file cannot be written. One line says which and why; the other
 inputs are still read. --watch: 130 after Ctrl-C.
 """
 
 import argparse
-import contextlib
 import csv
-import io
 import json
 import math
-import os
 import re
 import signal
 import sys
@@ -31,7 +27,7 @@ from pathlib import Path
 import compare_runs
 from compare_runs import hms, totals, trials_at_once
 from read_log import NotALog, parse
-from read_run import DAMAGE, TITLES, further_names, show
+from read_run import TITLES, further_names, show
 
 COLUMNS = ["Combo ID", *TITLES.values(), "Eval Loss", "Runtime (s)"]  # of a trial
 BEST_COLUMNS = [*(f"Best {name}" for name in (*TITLES.values(), "Eval Loss")), "Total Runtime (s)", "Epochs"]
@@ -40,120 +36,91 @@ BEST_COLUMNS = [*(f"Best {name}" for name in (*TITLES.values(), "Eval Loss")), "
 # ---- Tables: lists of (title, header, rows, lines below), for Markdown and HTML alike ----------------------
 def sections(run):
     """The three tables, what the saved model scores if there is one, the figures."""
-    further = [("Figures", [], [], figures(run)), ("Failed and diverged trials", [], [], troubles(run))]
-    return [table_of_jobs(run), table_of_trials(run), table_of_best(run), *table_of_scores(run), *further]
+    scores = [table_of_scores(run)] if run.scores else []
+    return [table_of_jobs(run), table_of_trials(run), table_of_best(run), *scores, ("Figures", [], [], figures(run))]
 
 
 def table_of_jobs(run):
     """Table 1: a row for each job that worked on the run."""
-    rows = []
-    for job in run.jobs:
-        total = hms(job.ended - job.began)
-        if job.status is None:
-            total = f"{total} so far" if run.recorded and job is run.jobs[-1] else "-"
-        rows.append([job.start or "-", job.finish or "-", total])
-    below = [] if run.state() == "complete" else [f"{run.state()[0].upper()}{run.state()[1:]}."]
-    below += ["A row for each job: the run was continued."] if len(rows) > 1 else []
+    rows = [[job.start or "-", job.finish or "-", "-" if job.status is None else hms(job.ended - job.began)]
+            for job in run.jobs]
+    below = [] if run.state() == "complete" else [f"{run.state().capitalize()}."]
     below += [f"Trained in {' and '.join(sorted(run.precisions))}."] if run.precisions else []
     return ("Table 1: the job", ["Job Start Time", "Job Finish Time", "Total Job Time"], rows, below)
 
 
 def table_of_trials(run):
     """Table 2: a row for each trial."""
-    extra, rows = further_names([run]), []
-    for t in run.trials.values():
-        values = [show(t.params.get(name)) for name in (*TITLES, *extra)]
-        runtime = show(t.runtime) if t.ended or not t.spans else f"~{t.clock():.0f}"
-        rows.append([t.id, *values[:3], show(t.last), runtime, *values[3:], t.status, str(t.epochs)])
+    header, *rows = (row[:-4] for row in trial_rows([run]))
     kind = ("the lowest of all epochs" if run.manual else
             "the last report, as in the log's boxed table; table 3 has the lowest of all reports")
     below = [f"Eval Loss: {kind}."]
-    below += ["~: by the clock, since its last start."] if any("~" in row[5] for row in rows) else []
-    return ("Table 2: the trials", [*COLUMNS, *extra, "Status", "Epochs"], rows, below)
+    below += [f"Combo {t.id} ({t.name}): {t.status}: {t.cause}" for t in run.trials.values() if t.cause]
+    return ("Table 2: the trials", header, [[show(value) for value in row] for row in rows], below)
 
 
 def table_of_best(run):
     """Table 3: the lowest loss of all reports."""
-    best = run.best or {"params": {}}
-    row = [show(best["params"].get(name)) for name in TITLES]
-    row += [show(best.get(key)) for key in ("eval_loss", "time_total_s", "epoch")]
-    below = ["No trial has reported a loss."]
-    if run.best:
+    row, below = list(run_rows([run]))[1][-len(BEST_COLUMNS) :], ["No trial has reported a loss."]
+    if best := run.best:
         seconds = "the trial's seconds" if run.manual else "the trial's seconds until that report"
         below = [f"Total Runtime: {seconds}. Epochs: the epoch of that report. It is combo {best['trial'].id}."]
-    if others := [f"{name} {show(value)}" for name, value in best["params"].items() if name not in TITLES]:
-        below.append(f"Its further hyperparameters: {', '.join(others)}.")
-    return ("Table 3: the best", BEST_COLUMNS, [row], below)
+        if others := [f"{name} {show(value)}" for name, value in best["params"].items() if name not in TITLES]:
+            below.append(f"Its further hyperparameters: {', '.join(others)}.")
+    return ("Table 3: the best", BEST_COLUMNS, [[show(value) for value in row]], below)
 
 
 def table_of_scores(run):
-    """What ask.py --score has found, as a list of no table or one."""
-    rows, questions = [], 0
-    with contextlib.suppress(*DAMAGE):
-        for name, found in run.scores.items():
-            loss = f"{found['eval_loss']:.4f} +- {found['standard_error']:.4f}"
-            rows.append([name, f"{found['exact_match']:.1f}", f"{found['f1']:.1f}", loss])
-            questions = found["questions"]
+    """What ask.py --score has found."""
+    rows = [[name, f"{found['exact_match']:.1f}", f"{found['f1']:.1f}",
+             f"{found['eval_loss']:.4f} +- {found['standard_error']:.4f}"] for name, found in run.scores.items()]
+    questions = next(iter(run.scores.values()))["questions"]
     below = [f"On {questions} questions that no trial has seen. Loss: nats per answer token, +- its error."]
-    return [("The best as a model", ["Model", "Exact Match (%)", "F1 (%)", "Loss"], rows, below)] if rows else []
+    return ("The best as a model", ["Model", "Exact Match (%)", "F1 (%)", "Loss"], rows, below)
 
 
 def figures(run):
     """Sum of runtimes, epochs and node time, in sentences."""
     s, ratio = totals(run), ""
     work = s["sum_of_runtimes_s"]
-    if run.seconds and run.recorded:
+    if run.recorded and run.seconds:
         ratio = f"; ratio {work / run.seconds:.2f} with {trials_at_once(run)} trial(s) at once"
     lines = [f"Sum of the trials' runtimes: {work:.0f} s; the job's time: {run.seconds:.0f} s{ratio}."]
     if s["epochs_full_grid"] and not run.manual:
         saved = 100 * (1 - s["epochs_trained"] / s["epochs_full_grid"])
-        so_far, saving = ("", f", {saved:.0f} % saved") if run.state() == "complete" else (" so far", "")
-        lines.append(f"Epochs trained{so_far}: {s['epochs_trained']} of {s['epochs_full_grid']} "
+        saving = f", {saved:.0f} % saved" if run.state() == "complete" else " so far"
+        lines.append(f"Epochs trained: {s['epochs_trained']} of {s['epochs_full_grid']} "
                      f"({s['trials']} trials x {s['max_t']} epochs){saving}.")
-        if run.forecast:
-            lines.append(f"Forecast before the run: {run.forecast}. One run proves little about the saving.")
+    if run.forecast:
+        lines.append(f"Forecast before the run: {run.forecast}. One run proves little about the saving.")
     if not run.recorded:
         lines.append("Costs, pictures, --study and --compare need the run folder of this job, which is not here.")
-    elif s["units"]:
-        share = f" ({100 * s['idle_min'] / s['allocated_min']:.0f} %)" if s["allocated_min"] else ""
+    elif s["allocated_min"]:
         what = "GPU-minutes" if s["unit"] == "GPU" else "Slot-minutes (on CPUs; a slot is a place for one trial)"
-        since = f"from joining to {'FINISH' if run.finished else 'now'}"
-        since = "by Slurm's record of the worker jobs" if any(w.by_slurm for w in run.workers.values()) else since
-        since = "by START and FINISH" if run.manual else since
+        by_slurm = any(worker.by_slurm for worker in run.workers.values())
+        since = "by Slurm's record of the worker jobs" if by_slurm else "from joining to the end"
         lines.append(f"{what}: {s['allocated_min']:.1f} allocated ({s['units']:g} {s['unit']}(s), {since}), "
-                     f"{s['busy_min']:.1f} busy, {s['idle_min']:.1f} idle{share}.")
+                     f"{s['busy_min']:.1f} busy, {s['idle_min']:.1f} idle "
+                     f"({100 * s['idle_min'] / s['allocated_min']:.0f} %).")
     return lines
-
-
-def troubles(run):
-    """One line for each trial that failed or diverged."""
-    lines = [f"combo {t.id} ({t.name}): {t.status}: {t.cause}"
-             for t in run.trials.values() if t.status in ("FAILED", "diverged")]
-    return lines or ["None."]
 
 
 def markdown(parts):
     """Sections as Markdown text."""
-    def cell(text):
-        return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
-
-    out = []
+    escaped, out = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;"}), []
     for title, header, rows, below in parts:
         out.append(f"### {title}\n")
         if header:
-            out += [f"| {' | '.join(map(cell, row))} |" for row in (header, ["---"] * len(header), *rows)]
-            out.append("")
-        out += [("- " if len(below) > 1 or not header else "") + line for line in below]
-        out += [""] if below else []
+            lines = [[text.translate(escaped) for text in row] for row in (header, ["---"] * len(header), *rows)]
+            out += [f"| {' | '.join(line)} |" for line in lines] + [""]
+        out += [f"- {line}" for line in below] + [""] * bool(below)
     return "\n".join(out)
 
 
 # ---- Values for other programs, unrounded ------------------------------------------------------------------
 def as_json(run):
     """A run as plain values; a loss that is not finite becomes null."""
-    def plain(value):
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
+    plain = lambda loss: loss if loss is not None and math.isfinite(loss) else None
     trials = [{
         "combo_id": int(t.id), "trial": t.name, "hyperparameters": t.params, "status": t.status, "cause": t.cause,
         "eval_loss_last": plain(t.last), "eval_loss_best": t.best(), "runtime_s": t.clock(), "epochs": t.epochs,
@@ -165,13 +132,6 @@ def as_json(run):
         "precisions": sorted(run.precisions), "trials": trials, "totals": totals(run), "scores": run.scores,
         "best": run.best and {key: value for key, value in run.best.items() if key != "trial"},
     }
-
-
-def csv_text(rows):
-    """Rows as CSV."""
-    file = io.StringIO(newline="")
-    csv.writer(file, lineterminator="\n").writerows(rows)
-    return file.getvalue()
 
 
 def trial_rows(runs):
@@ -200,36 +160,21 @@ def run_rows(runs):
 
 
 # ---- Main --------------------------------------------------------------------------------------------------
-def write_whole(path, text):
-    """Writes a file in one step: a reader sees all of the old text or all of the new one."""
-    path, target = Path(path), Path(os.path.realpath(path))
-    new = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        if path.exists() and not path.is_file():  # such as /dev/stdout
-            path.write_text(text, encoding="utf-8")
-        else:
-            new.write_text(text, encoding="utf-8")
-            new.replace(target)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def all_tables(a, runs):
-    """The tables of all runs as Markdown; of several inputs each under its name."""
-    names = [f"## {run.job} ({run.source})\n\n" if len(a.inputs) > 1 else "" for run in runs]
-    return "\n".join(name + markdown(sections(run)) for name, run in zip(names, runs))
+def all_tables(runs):
+    """The tables of all runs as Markdown."""
+    return "\n".join(f"## {run.job} ({run.source})\n\n{markdown(sections(run))}" for run in runs)
 
 
 def write_tables(a, runs):
     """Writes the files that the options ask for, but not the pictures."""
-    if a.tables:
-        write_whole(a.tables, all_tables(a, runs) + "\n")
-    if a.csv:
-        write_whole(a.csv, csv_text(trial_rows(runs)))
-    if a.summary:
-        write_whole(a.summary, csv_text(run_rows(runs)))
-    if a.json:
-        write_whole(a.json, json.dumps([as_json(run) for run in runs], indent=1, allow_nan=False) + "\n")
+    everything = json.dumps([as_json(run) for run in runs], indent=1, allow_nan=False)
+    for path, text in ((a.tables, all_tables(runs)), (a.json, everything)):
+        if path:
+            path.write_text(text + "\n", encoding="utf-8")
+    for path, rows in ((a.csv, trial_rows(runs)), (a.summary, run_rows(runs))):
+        if path:
+            with path.open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def draw(a, run, folder):
@@ -237,56 +182,37 @@ def draw(a, run, folder):
     import draw_report  # here, since the tables need no package
 
     folder.mkdir(parents=True, exist_ok=True)
-    body = draw_report.body(run, draw_report.pictures(run, folder))
+    body = draw_report.body(run, folder)
     if a.exit_status is not None:
         run = parse(run.source, a.exit_status)
         write_tables(a, [run])
-    write_whole(folder / "report.html", draw_report.page(run, sections(run), body))
+    new = folder / "report.html.new"  # in one step: a browser may be reloading it
+    new.write_text(draw_report.page(run, sections(run), body), encoding="utf-8")
+    new.replace(folder / "report.html")
     print(f"pictures and report: {folder}/report.html")
-
-
-def write_all(a, runs):
-    """Writes all that the options ask for."""
-    write_tables(a, runs)  # before the pictures, which take seconds: a job may be at its time limit
-    recorded = [run for run in runs if run.recorded]
-    if a.study and recorded:
-        import as_study
-
-        as_study.write(recorded[0], a.study)
-    if a.plots and a.compare:
-        a.plots.mkdir(parents=True, exist_ok=True)
-        compare_runs.picture(runs, a.plots / "compare.png")
-        print(f"picture: {a.plots}/compare.png\n")
-    elif a.plots:
-        for run in recorded:
-            draw(a, run, a.plots / re.sub(r"[^\w.-]", "_", run.job) if len(a.inputs) > 1 else a.plots)
 
 
 def options():
     """The command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="LOG_OR_RUN_FOLDER", help="log of a head job or a manual grid, or run folder")
-    add("--tables", metavar="FILE", help="write the tables (Markdown) into this file instead of printing them")
-    add("--csv", metavar="FILE", help="write the trials, one row each")
-    add("--summary", metavar="FILE", help="write one row a run, as CSV: job, state, times, epochs, best; for grading")
-    add("--json", metavar="FILE", help="write everything: a list of runs")
-    add("--plots", metavar="DIR", type=Path, help="write pictures (PNG) and report.html; of several runs: DIR/<job>")
+    add("--tables", metavar="FILE", type=Path, help="write the tables (Markdown) into this file, do not print them")
+    add("--csv", metavar="FILE", type=Path, help="write the trials, one row each")
+    add("--summary", metavar="FILE", type=Path, help="write one row a run (CSV): job, state, times, best; for grading")
+    add("--json", metavar="FILE", type=Path, help="write everything: a list of runs")
     add("--study", metavar="FILE", type=Path, help="write one run as an Optuna study (SQLite), such as study.db")
+    add("--plots", metavar="DIR", type=Path, help="write pictures (PNG) and report.html; of several runs: DIR/<job>")
     add("--compare", action="store_true", help="print what the runs cost, against the first (the manual grid, say), "
         "and which settings differ; with --plots DIR, draw their best loss over time and cost: DIR/compare.png")
     add("--watch", action="store_true", help="show the trials of a running job until it ends; Ctrl-C stops it; "
         "with --plots DIR, its report is drawn again each minute, and a browser that shows it reloads it")
     add("--exit-status", metavar="N", type=int, help="for a job that ends now: its FINISH is this moment, N its status")
     a = parser.parse_args()
-    given = {name for name, value in vars(a).items() if value is not None and value is not False} - {"inputs"}
-    if a.watch and (len(a.inputs) > 1 or given - {"watch", "plots"}):
-        parser.error("--watch takes one log or run folder and no other option than --plots")
-    if a.compare and len(a.inputs) < 2:
-        parser.error("--compare needs two runs or more")
-    if len(a.inputs) > 1 and given & {"study", "exit_status"}:
-        parser.error("--study and --exit-status take one input")
+    if a.watch and any((a.tables, a.csv, a.summary, a.json, a.study, a.compare, a.exit_status is not None)):
+        parser.error("--watch takes no other option than --plots")
+    if len(a.inputs) > 1 and (a.watch or a.study or a.exit_status is not None):
+        parser.error("--watch, --study and --exit-status take one input")
     return a
 
 
@@ -307,17 +233,32 @@ def main():
                     raise NotALog(f"{text}: its run folder is not here; pictures, --study and --compare need it")
             except NotALog as error:
                 problems.append(f"{error}")
-        if runs and not (a.compare and problems):
-            write_all(a, runs)
+        runs = [] if a.compare and problems else runs
+        if runs:
+            write_tables(a, runs)  # before the pictures, which take seconds: a job may be at its time limit
+        recorded = [run for run in runs if run.recorded]
+        if a.study and recorded:
+            import as_study
+
+            as_study.write(recorded[0], a.study)
+        if a.compare and a.plots and runs:
+            a.plots.mkdir(parents=True, exist_ok=True)
+            compare_runs.picture(runs, a.plots / "compare.png")
+            print(f"picture: {a.plots}/compare.png\n")
+        elif a.plots:
+            for run in recorded:
+                draw(a, run, a.plots / re.sub(r"[^\w.-]", "_", run.job) if len(a.inputs) > 1 else a.plots)
+    except NotALog as error:
+        problems.append(f"{error}")
     except OSError as error:
-        problems.append(f"{error.filename}: cannot be written ({error.strerror}); give another place")
+        problems.append(f"{error.filename}: cannot be used ({error.strerror})")
     except ImportError as error:
         problems.append(f"--watch, --plots and --study need the package {error.name}; run: bash scripts/setup_env.sh")
     print(*(f"ERROR: {problem}" for problem in problems), sep="\n", end="\n" * bool(problems), file=sys.stderr)
-    if a.compare and not problems:
+    if a.compare and runs:
         print(markdown([compare_runs.comparison(runs), compare_runs.differences(runs)]))
-    elif runs and not a.tables and not a.compare:
-        print(all_tables(a, runs))
+    elif runs and not (a.tables or a.compare):
+        print(all_tables(runs))
     return 2 if problems else 0
 
 

@@ -1,7 +1,6 @@
-"""Reads the record of a run, events.jsonl in its run folder, and puts it together as a Run.
+"""Reads the record of a run, events.jsonl in its run folder, as a Run. The standard library only.
 
-Lines that are not events are ignored, such as the half line that a kill leaves. The standard library only: a job's
-first check imports this.
+Lines that are not events are ignored, such as the half line that a kill leaves.
 """
 
 import contextlib
@@ -15,7 +14,6 @@ from pathlib import Path
 
 # The course's names of the columns.
 TITLES = {"lr": "Learning Rate (lr)", "per_device_bs": "Batch Size (bs)", "wd": "Weight Decay (wd)"}
-DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)  # of a line or file
 
 # seconds: as Ray counted them until this report; at: s from the run's START; params: the trial's, as they were then
 Report = namedtuple("Report", "loss epoch seconds at params")
@@ -45,21 +43,21 @@ class Trial:
 
     def best(self):
         """The lowest reported loss, or None."""
-        return self.finite()[0].loss if self.finite() else None
+        return min((report.loss for report in self.finite()), default=None)
 
     def clock(self):
         """Runtime, else how long it was on a slot since its last start; None: not known."""
-        return self.spans[-1][1] - self.spans[-1][0] if self.runtime is None and self.spans else self.runtime
+        return self.runtime or (self.spans and self.spans[-1][1] - self.spans[-1][0]) or None
 
 
 @dataclass
 class Job:
-    """A job that worked on the run: its first one, or one that continued it."""
+    """A job that worked on the run: its first one, or one that continued it. Times are s from the run's START."""
 
     name: str = "?"
     start: str = ""  # as the lines START and FINISH of its log have it
     finish: str = ""
-    began: float = 0  # s from the run's START
+    began: float = 0
     ended: float = 0  # FINISH, or the last that is known of it
     status: int = None  # None: it runs, or was killed
     log: str = ""
@@ -67,9 +65,9 @@ class Job:
 
 @dataclass
 class Worker:
-    """A worker job, and what it occupied."""
+    """A worker job, and what it occupied. Times are s from the run's START."""
 
-    since: float  # s from the run's START
+    since: float
     until: float  # None: until its head's job ends
     gpus: int
     slots: int  # trials at once
@@ -99,16 +97,12 @@ class Run:
     finished = property(lambda self: self.jobs[-1].status is not None)
     now = property(lambda self: self.jobs[-1].ended)  # s from START to FINISH, or to the last event
     seconds = property(lambda self: sum(job.ended - job.began for job in self.jobs))  # without gaps between jobs
+    max_t = property(lambda self: self.number("NUM_EPOCHS", 0))
 
     def number(self, name, default):
         """A setting that is a whole number."""
         text = self.settings.get(name, "")
         return int(text) if re.fullmatch(r"\d{1,9}", text) else default
-
-    def max_t(self):
-        """NUM_EPOCHS; if that is not known, the last epoch of any trial."""
-        epochs = [round(epoch) for trial in self.trials.values() for epoch in trial.reports]
-        return self.number("NUM_EPOCHS", max(epochs, default=0))
 
     def state(self):
         """In words: complete, or why not."""
@@ -139,14 +133,14 @@ def show(value):
 # ---- The record --------------------------------------------------------------------------------------------
 def events_of(folder, name=None):
     """The events of a run folder, or those of one name; "time" in s."""
-    finite, found = lambda digits: float(digits) if math.isfinite(float(digits)) else None, []
+    found = []
     try:
         lines = Path(folder, "events.jsonl").read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return []
     for line in lines:
-        with contextlib.suppress(*DAMAGE):
-            event = json.loads(line, parse_float=finite, parse_constant=lambda nan: None)
+        with contextlib.suppress(Exception):
+            event = json.loads(line, parse_constant=lambda nan: None)
             event["time"] = datetime.fromisoformat(event["time"]).timestamp()
             found += [event] if name in (None, event["event"]) else []
     return found
@@ -166,18 +160,23 @@ def variables(event):
     return {name: clean(value) for name, value in event.items() if name not in ("time", "event")}
 
 
+def best_reports(run):
+    """[(the report with its lowest loss, trial)] of all trials without error, the lowest first."""
+    trials = [trial for trial in run.trials.values() if trial.finite() and trial.status != "FAILED"]
+    return sorted(((trial.finite()[0], trial) for trial in trials), key=lambda pair: pair[0].loss)
+
+
 def lowest_losses(folder):
     """[(lowest finite eval_loss, its train_loop_config)] of a run's trials without error, the lowest first."""
-    trials = as_run(folder, events_of(folder)).trials.values()
-    best = [trial.finite()[0] for trial in trials if trial.finite() and trial.status != "FAILED"]
-    return [(report.loss, report.params) for report in sorted(best, key=lambda report: report.loss)]
+    run = as_run(folder, events_of(folder))
+    return [(report.loss, report.params) for report, _ in best_reports(run)]
 
 
 def as_run(source, events, folder=None):
     """A Run from its events."""
     run = Run(str(source), folder, began=math.floor(events[0]["time"]) if events else 0)
     for event in events:
-        with contextlib.suppress(*DAMAGE):
+        with contextlib.suppress(Exception):
             take(run, event["event"], event, event["time"] - run.began)
     run.jobs = run.jobs or [Job()]
     settle(run)
@@ -220,8 +219,6 @@ def take(run, what, event, now):
 def take_trial(run, what, event, now):
     """Puts one event of a trial into the run."""
     name = clean(event["trial"])
-    if run.manual:  # one combination, however its numbers are written
-        name = re.sub(r"(?<==)[-+.\de]+", lambda number: f"{float(number[0]):g}", name)
     trial = run.trials.setdefault(name, Trial(name))
     if what == "trial_started":
         trial.params, trial.on_slot, trial.ended, trial.cause = dict(event["config"]), True, False, ""
@@ -234,7 +231,6 @@ def take_trial(run, what, event, now):
     elif what == "trial_ended":
         trial.ended, trial.cause = True, clean(event.get("error") or "")
         trial.status = "FAILED" if trial.cause else ""
-        trial.reports = {} if run.manual and trial.cause else trial.reports  # no RESULT
     if trial.on_slot:
         trial.spans[-1][1] = now
     if what in ("trial_lost", "trial_ended") or event.get("decision") == "PAUSE":
@@ -256,25 +252,21 @@ def settle(run):
         if reports := sorted(trial.reports.values(), key=lambda report: report.epoch):
             trial.epochs, trial.last = round(reports[-1].epoch), reports[-1].loss
             trial.runtime = reports[-1].seconds if trial.ended else None
-        if run.manual and trial.ended and trial.finite():  # as its line RESULT has it
-            trial.epochs, trial.last = run.max_t(), round(trial.best(), 6)
-            trial.runtime = trial.runtime and round(trial.runtime, 1)
+        if run.manual and trial.ended and trial.finite() and not trial.cause:  # as its line RESULT has it
+            trial.epochs, trial.last = run.max_t, trial.best()
         if not trial.ended:
             trial.status = "cut off" if run.finished else "running" if trial.on_slot else "pending"
         elif not trial.cause:
-            stopped = trial.epochs < run.max_t() and trial.decision == "STOP"
+            stopped = trial.epochs < run.max_t and trial.decision == "STOP"
             trial.status = "stopped by ASHA" if stopped else "finished"
             if trial.last is not None and not math.isfinite(trial.last):
                 trial.status, trial.cause = "diverged", f"at epoch {trial.epochs}: the loss became NaN or infinite"
     leave_nodes(run)
-    ids = [int(found[1]) for found in (re.search(r"_(\d{1,9})$", name) for name in run.trials) if found]
-    numbered = len(set(ids)) == len(run.trials)  # by Ray, from 0
     for position, trial in enumerate(run.trials.values()):
-        trial.id = str(1 + (ids[position] if numbered else position))
+        numbered = re.search(r"_(\d{1,9})$", trial.name)  # by Ray, from 0
+        trial.id = str(1 + (int(numbered[1]) if numbered else position))
     run.trials = {trial.name: trial for trial in sorted(run.trials.values(), key=lambda trial: int(trial.id))}
-    candidates = [(t.finite()[0], t) for t in run.trials.values() if t.finite() and t.status != "FAILED"]
-    if candidates:
-        report, trial = min(candidates, key=lambda pair: pair[0].loss)
-        loss, seconds = (round(report.loss, 6), trial.runtime) if run.manual else (report.loss, report.seconds)
-        run.best = {"eval_loss": loss, "epoch": report.epoch, "time_total_s": seconds, "params": report.params,
-                    "trial": trial}
+    for report, trial in best_reports(run)[:1]:
+        seconds = trial.runtime if run.manual else report.seconds
+        run.best = {"eval_loss": report.loss, "epoch": report.epoch, "time_total_s": seconds,
+                    "params": report.params, "trial": trial}

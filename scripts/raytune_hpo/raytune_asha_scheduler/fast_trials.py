@@ -25,7 +25,7 @@ from ray.exceptions import RayActorError
 from ray.tune.result import RESULT_DUPLICATE
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-JOIN_SECONDS = 600  # for the W processes to find one another
+JOIN = datetime.timedelta(seconds=600)  # for the W processes to find one another
 END_SECONDS = 60  # for a stopped trial to unwind
 GRACE_SECONDS = 2  # after a first failure, for the one that caused it
 
@@ -89,16 +89,9 @@ class WarmTrial(tune.Trainable):
     def new_processes(self):
         place, number = ray.util.get_current_placement_group(), self.run.scaling.num_workers
         worker = self.run.scaling.resources_per_worker
-        return [
-            ray.remote(TrainingProcess)
-            .options(
-                num_cpus=worker.get("CPU", 1),
-                num_gpus=worker.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(place, rank + 1),
-            )
-            .remote(rank, number)
-            for rank in range(number)
-        ]
+        process = ray.remote(num_cpus=worker.get("CPU", 1), num_gpus=worker.get("GPU", 0))(TrainingProcess)
+        bundle = lambda rank: {"scheduling_strategy": PlacementGroupSchedulingStrategy(place, rank + 1)}
+        return [process.options(**bundle(rank)).remote(rank, number) for rank in range(number)]
 
     def of_all(self, method, *arguments):
         """Calls a method of all W processes -> their answers, by rank. Raises the cause if one fails."""
@@ -158,9 +151,7 @@ class TrainingProcess:
         if self.rank > 0:
             return None
         # All W are on one node. The system chooses the port, so it is free.
-        self.store = TCPStore(
-            "127.0.0.1", 0, self.number, is_master=True, timeout=seconds(JOIN_SECONDS), wait_for_workers=False
-        )
+        self.store = TCPStore("127.0.0.1", 0, self.number, is_master=True, timeout=JOIN, wait_for_workers=False)
         return self.store.host, self.store.port
 
     def join(self, address):
@@ -169,7 +160,7 @@ class TrainingProcess:
 
         os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
         if self.rank > 0:
-            self.store = distributed.TCPStore(*address, self.number, timeout=seconds(JOIN_SECONDS))
+            self.store = distributed.TCPStore(*address, self.number, timeout=JOIN)
         backend = "nccl" if ray.get_gpu_ids() and distributed.is_nccl_available() else "gloo"
         distributed.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.number)
 
@@ -227,7 +218,3 @@ class TrainingProcess:
             raise RuntimeError("the previous trial's model is still in memory")
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-
-
-def seconds(number):
-    return datetime.timedelta(seconds=number)
