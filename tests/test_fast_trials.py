@@ -18,7 +18,6 @@ from types import ModuleType, SimpleNamespace
 
 import psutil
 import pytest
-
 from conftest import SCRIPT, address_of, end_ray, one_slot, start_ray, wait_for
 
 ROOT = f"/tmp/ray_warm_{os.getpid()}"
