@@ -1,7 +1,4 @@
-"""Runs side by side: what they cost, which settings differ, and their best loss over time as a picture.
-
-Used by fill_tables.py, for --compare and for the costs of a single run. Only the picture needs matplotlib.
-"""
+"""Runs side by side: what they cost, and which settings differ. Used by fill_tables.py, for the costs of one run, too."""
 
 import itertools
 import math
@@ -18,7 +15,7 @@ def hms(seconds):
 
 
 def title(run):
-    """What tables and the picture call a run."""
+    """What tables and pictures call a run."""
     return f"{'manual grid' if run.manual else f'Ray Tune {run.scheduler}'} {run.job}"
 
 
@@ -71,6 +68,20 @@ def totals(run):
     }
 
 
+def lowest_so_far(run):
+    """[(s from START, loss)] of each report that was lower than all before."""
+    trials = [trial for trial in run.trials.values() if trial.status != "FAILED"]
+    points = [(report.at, report.loss) for trial in trials for report in trial.finite()]
+    if run.manual:  # one after the other, also those of earlier jobs
+        ends = itertools.accumulate(trial.clock() or 0 for trial in trials)
+        points = [(end, trial.best()) for trial, end in zip(trials, ends) if trial.finite()]
+    lowest = []
+    for moment, loss in sorted(points):
+        if not lowest or loss < lowest[-1][1]:
+            lowest.append((moment, loss))
+    return lowest
+
+
 # ---- Tables ------------------------------------------------------------------------------------------------
 def conditions(run):
     """What a run ran with: its settings, and what it found on its nodes."""
@@ -117,45 +128,3 @@ def differences(runs):
     below = [f"The other {len(names) - len(differ)} settings are the same." if differ else
              "None: with the same settings, runs differ by chance alone."]
     return ("Settings that differ", ["run", *differ] if differ else [], rows if differ else [], below)
-
-
-# ---- Picture -----------------------------------------------------------------------------------------------
-def lowest_so_far(run):
-    """[(s from START, loss)] of each report that was lower than all before."""
-    trials = [trial for trial in run.trials.values() if trial.status != "FAILED"]
-    points = [(report.at, report.loss) for trial in trials for report in trial.finite()]
-    if run.manual:  # one after the other, also those of earlier jobs
-        ends = itertools.accumulate(trial.clock() or 0 for trial in trials)
-        points = [(end, trial.best()) for trial, end in zip(trials, ends) if trial.finite()]
-    lowest = []
-    for moment, loss in sorted(points):
-        if not lowest or loss < lowest[-1][1]:
-            lowest.append((moment, loss))
-    return lowest
-
-
-def picture(runs, path):
-    """Best loss so far against time and against cost, all runs in both panels."""
-    import matplotlib.pyplot as plt
-    from draw_report import log_axis, set_look
-
-    set_look()
-    figure, panels = plt.subplots(1, 2, sharey=True, figsize=(7, 3.2 + 0.17 * len(runs)))  # inches: A4's text width
-    losses = []
-    for number, run in enumerate(runs):
-        (_, held), lowest = holdings(run), lowest_so_far(run)
-        if not lowest:
-            continue  # its label would have no line; the table tells that it has no loss
-        seconds, y = zip(*lowest, (max(run.now, lowest[-1][0]), lowest[-1][1]))
-        look = {"drawstyle": "steps-post", "linestyle": ("-", "--", ":", "-.")[number % 4],
-                "marker": "os^Dv*X"[number % 7], "markevery": range(len(lowest))}  # none at the run's end: no report
-        losses += y
-        panels[0].plot([s / 60 for s in seconds], y, **look, label=f"{title(run)}: {y[-1]:.4g}")
-        panels[1].plot([minutes(held, s) for s in seconds], y, **look)
-    panels[0].set(xlabel="minutes from START", xlim=0)
-    panels[1].set(xlabel="GPU-minutes (on CPUs: slot-minutes)", xlim=0)
-    if losses:
-        log_axis(panels[0].yaxis, losses, "lowest eval loss so far")
-        figure.legend(loc="outside upper left", handlelength=4)
-    figure.savefig(path)
-    plt.close(figure)

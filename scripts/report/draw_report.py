@@ -1,4 +1,4 @@
-"""Pictures (PNG, matplotlib) and report.html (plotly) of a run. Used by fill_tables.py --plots."""
+"""Pictures (PNG, matplotlib) and report.html (plotly) of a run, or one of several. Used by fill_tables.py --plots."""
 
 import base64
 import html
@@ -6,7 +6,7 @@ import math
 
 import as_study
 import matplotlib.pyplot as plt
-from compare_runs import trials_at_once
+from compare_runs import holdings, lowest_so_far, minutes, title, trials_at_once
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from optuna import visualization
 
@@ -94,6 +94,30 @@ def draw_slots(run, axes, bars):
     axes.set_yticks(range(1, rows + 1, 1 + rows // 20))
     axes.set_ylabel("slot")
     axes.set_xlabel(f"minutes from START to {'FINISH' if run.finished else 'now'}")
+
+
+def compare(runs, path):
+    """Best loss so far against time and against cost, all runs in both panels."""
+    set_look()
+    figure, panels = plt.subplots(1, 2, sharey=True, figsize=(7, 3.2 + 0.17 * len(runs)))  # inches: A4's text width
+    losses = []
+    for number, run in enumerate(runs):
+        (_, held), lowest = holdings(run), lowest_so_far(run)
+        if not lowest:
+            continue  # its label would have no line; the table tells that it has no loss
+        seconds, y = zip(*lowest, (max(run.now, lowest[-1][0]), lowest[-1][1]))
+        look = {"drawstyle": "steps-post", "linestyle": ("-", "--", ":", "-.")[number % 4],
+                "marker": "os^Dv*X"[number % 7], "markevery": range(len(lowest))}  # none at the run's end: no report
+        losses += y
+        panels[0].plot([s / 60 for s in seconds], y, **look, label=f"{title(run)}: {y[-1]:.4g}")
+        panels[1].plot([minutes(held, s) for s in seconds], y, **look)
+    panels[0].set(xlabel="minutes from START", xlim=0)
+    panels[1].set(xlabel="GPU-minutes (on CPUs: slot-minutes)", xlim=0)
+    if losses:
+        log_axis(panels[0].yaxis, losses, "lowest eval loss so far")
+        figure.legend(loc="outside upper left", handlelength=4)
+    figure.savefig(path)
+    plt.close(figure)
 
 
 # ---- report.html -------------------------------------------------------------------------------------------

@@ -243,7 +243,9 @@ def main():
             as_study.write(recorded[0], a.study)
         if a.compare and a.plots and runs:
             a.plots.mkdir(parents=True, exist_ok=True)
-            compare_runs.picture(runs, a.plots / "compare.png")
+            import draw_report
+
+            draw_report.compare(runs, a.plots / "compare.png")
             print(f"picture: {a.plots}/compare.png\n")
         elif a.plots:
             for run in recorded:
