@@ -5,6 +5,7 @@ import contextlib
 import glob
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -55,8 +56,7 @@ def call(module, *arguments):
     Signals, variables and arguments are afterwards what they were.
     """
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
-    caught = (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.getsignal(number) for number in caught]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     argv = [module.__file__, *map(str, arguments)]
     with (
         mock.patch.dict(os.environ),
@@ -71,7 +71,7 @@ def call(module, *arguments):
             if isinstance(status, str):
                 print(status, file=sys.stderr)
                 status = 1
-    for number, handler in zip(caught, handlers, strict=True):
+    for number, handler in handlers.items():
         signal.signal(number, handler)
     said = [each.buffer.getvalue().decode() for each in (out, err)]
     return subprocess.CompletedProcess(argv, status, *said)
@@ -113,11 +113,10 @@ def slurm():
     # Several such runs go on at once, and their jobs are found by their numbers.
     first_job = 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) + 1
     environ = os.environ | {"MINI_SLURM_DIR": f"/tmp/ms.{os.getpid()}", "MINI_SLURM_FIRST_JOB": str(first_job)}
-    script = REPO / "tests/mini_slurm.sh"
-    command = ["bash", script, "up"]
-    up = subprocess.run(command, env=environ, text=True, stdout=subprocess.PIPE, check=True, timeout=600)
+    sandbox = ["bash", REPO / "tests/mini_slurm.sh"]
+    up = subprocess.run([*sandbox, "up"], env=environ, text=True, stdout=subprocess.PIPE, check=True, timeout=600)
     yield environ | {"SLURM_CONF": up.stdout.split("=", 1)[1].strip()}
-    subprocess.run(["bash", script, "down"], env=environ, check=True, timeout=120)
+    subprocess.run([*sandbox, "down"], env=environ, check=True, timeout=120)
 
 
 def start_ray(*options, log, environ):
@@ -175,8 +174,7 @@ def copy_of_the_course(tmp_path):
     made_by_runs = shutil.ignore_patterns("runs", "*.out", "__pycache__")
     for folder in ("scripts", "experiments", "tests"):
         shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True, ignore=made_by_runs)
-    for file in ("requirements.txt",):
-        shutil.copy(REPO / file, tmp_path)
+    shutil.copy(REPO / "requirements.txt", tmp_path)
     (tmp_path / ".venv").symlink_to(REPO / ".venv")
     return tmp_path / EXERCISE.relative_to(REPO)
 
@@ -186,19 +184,19 @@ def course(tmp_path):
     return copy_of_the_course(tmp_path)
 
 
+def replace(path, *pairs):
+    """Changes a file of such a copy; each old text is there once."""
+    text = path.read_text()
+    for old, new in pairs:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
 # What a site's modules and a user's shell may have set; a run must not notice.
-HOSTILE = {
-    "SLURM_TIME_FORMAT": "%s",
-    "SQUEUE_FORMAT": "%j",
-    "LC_ALL": "xx_XX.UTF-8",
-    "LD_PRELOAD": "/none/libxalt_init.so",
-    "GLOO_SOCKET_IFNAME": "ib0",
-    "NODE_NAME": "node7",
-    "http_proxy": "http://127.0.0.1:9",
-    "PYTHONPATH": "/none/site-packages",
-    "RANK": "3",
-    "OMP_NUM_THREADS": "1",
-}
+HOSTILE = {"SLURM_TIME_FORMAT": "%s", "SQUEUE_FORMAT": "%j", "LC_ALL": "xx_XX.UTF-8", "GLOO_SOCKET_IFNAME": "ib0",
+           "LD_PRELOAD": "/none/libxalt_init.so", "NODE_NAME": "node7", "http_proxy": "http://127.0.0.1:9",
+           "PYTHONPATH": "/none/site-packages", "RANK": "3", "OMP_NUM_THREADS": "1"}  # fmt: skip
 
 
 class Cluster:
@@ -241,12 +239,10 @@ def pids(*marks):
     ends = tuple(mark.encode() for mark in marks)
     found = []
     for environ in glob.glob("/proc/[0-9]*/environ"):
-        try:
+        with contextlib.suppress(OSError):  # ended meanwhile
             entries = Path(environ).read_bytes().split(b"\0")
             if any(entry.startswith(b"HPO_OWNER=") and entry.endswith(ends) for entry in entries):
                 found.append(int(environ.split("/")[2]))
-        except OSError:  # ended meanwhile
-            continue
     return found
 
 
@@ -267,15 +263,11 @@ def users_of(folder):
     return found
 
 
-def processes(*jobs):
-    """Command lines of all processes of these jobs, also of one that has lost its mark."""
-    marks = [f" {role} {job}" for job in jobs for role in ("head", "worker")]
-    return [command_of(pid) for pid in {*pids(*marks), *(p for job in jobs for p in users_of(f"/tmp/ray_{job}."))}]
-
-
 def left_by(*jobs):
-    """What jobs have left behind: command lines of processes, folders."""
-    return processes(*jobs) + [folder for job in jobs for folder in glob.glob(f"/tmp/ray_{job}.*")]
+    """What jobs have left behind: command lines of processes, also of one that has lost its mark, and folders."""
+    found = pids(*(f" {role} {job}" for job in jobs for role in ("head", "worker")))
+    found += [pid for job in jobs for pid in users_of(f"/tmp/ray_{job}.")]
+    return [command_of(pid) for pid in found] + [folder for job in jobs for folder in glob.glob(f"/tmp/ray_{job}.*")]
 
 
 def nothing_is_left(cluster, *jobs, seconds=60):
@@ -315,17 +307,11 @@ def events_of(run_dir, *names):
 
 def at_once(log):
     """The largest number of trials in flight."""
-    running, most = 0, 0
-    for line in log.splitlines():
-        if re.search(r"search \| TorchTrainer_\S+  started", line):
-            running += 1
-        elif re.search(r"search \| TorchTrainer_\S+  (stopped|finished|ended|FAILED)", line):
-            running -= 1
-        most = max(most, running)
-    return most
+    words = re.findall(r"search \| TorchTrainer_\S+  (started|stopped|finished|ended|FAILED)", log)
+    return max(itertools.accumulate(1 if word == "started" else -1 for word in words))
 
 
-def check_log(log, job, status=0):
+def check_log(log, job):
     """What every log must be: framed, short, no line twice, nothing that is not for students."""
     lines = log.splitlines()
     assert re.fullmatch(rf"===== JOB {job} START  : \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \S+ =====", lines[0])
@@ -355,11 +341,6 @@ def check_results(log, run_dir, trials, epochs):
     return reports
 
 
-def seconds_of(record):
-    """Start and end of a job by Slurm's record, in s."""
-    return [time.mktime(time.strptime(record[key], "%Y-%m-%dT%H:%M:%S")) for key in ("StartTime", "EndTime")]
-
-
 def quickstart(course, *command, **variables):
     """The exercise without Slurm in a copy of the repository: (exit status, log)."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | variables
@@ -387,11 +368,7 @@ def fenced(section, language):
 def edit(course, section):
     """Changes the search script of a copy of the repository as the section's diff says."""
     script = course.parents[3] / SCRIPT.relative_to(REPO)
-    text = script.read_text()
     for diff in fenced(section, "diff"):
         lines = diff.splitlines()
-        old, new = ("".join(f"{line[1:]}\n" for line in lines if not line.startswith(sign)) for sign in "+-")
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    script.write_text(text)
+        replace(script, ["".join(f"{line[1:]}\n" for line in lines if not line.startswith(sign)) for sign in "+-"])
     return script

@@ -12,7 +12,7 @@ from unittest import mock
 
 import conftest
 import pytest
-from conftest import EXERCISE, HEAD, REPO
+from conftest import EXERCISE, HEAD, copy_of_the_course
 
 OURS = ("SLURM_", "SBATCH_", "RAY_", "LR_", "BS_", "WD_")
 SLURM = {"SLURM_JOB_ID": "4711"}
@@ -31,7 +31,6 @@ SQUADS = {  # folder: its train-v1.1.json; None: no such file
     "no JSON": b"<!DOCTYPE html><title>404</title>",
     "not UTF-8": b'{"data": "\xff\xfe"}',
     "empty data": b'{"data": []}',
-    "a list": b"[1, 2]",
     "no answers": b'{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "?"}]}]}]}',
     "answers empty": squad(answers=[], is_impossible=True),
     "answer null": squad(answers=[{"text": None}]),
@@ -174,10 +173,7 @@ def test_code_that_comes_with_a_model_is_never_run(root, tmp_path, call):
 def course(tmp_path_factory):
     """Scripts and exercise copied to a folder whose name is not plain, with a Slurm that only records calls."""
     top = tmp_path_factory.mktemp("copy") / "my course é"
-    made_by_runs = shutil.ignore_patterns("runs", "*.out", "__pycache__")
-    for folder in ("scripts", "experiments"):
-        shutil.copytree(REPO / folder, top / folder, symlinks=True, ignore=made_by_runs)
-    (top / ".venv").symlink_to(REPO / ".venv")
+    course = copy_of_the_course(top)
     (top / "slurm").mkdir()
     shutil.copy(EXERCISE / HEAD, top / "slurm/slurm_script")  # Slurm runs a copy, of this name
     for command in ("sbatch", "srun", "squeue", "scancel"):
@@ -185,7 +181,7 @@ def course(tmp_path_factory):
     (top / "slurm/scontrol").write_text(STUB + 'echo "   StdOut=/dev/null"\n')
     for command in (top / "slurm").iterdir():
         command.chmod(0o755)
-    return top / EXERCISE.relative_to(REPO)
+    return course
 
 
 def refused(course, root, variables, cwd=None):
@@ -194,12 +190,11 @@ def refused(course, root, variables, cwd=None):
     script = f"{course.parents[3]}/slurm/slurm_script" if "SLURM_JOB_ID" in variables else course / HEAD
     run = subprocess.run(["bash", script], cwd=cwd or course, env=environ, text=True, check=False,
                          capture_output=True, timeout=60)  # fmt: skip
-    output = run.stdout + run.stderr
-    lines = output.splitlines()
-    assert run.returncode in (1, 2), output
+    lines = (run.stdout + run.stderr).splitlines()
+    assert run.returncode in (1, 2), lines
     assert re.fullmatch(r"===== JOB \S+ START  : .* =====", run.stdout.splitlines()[0])
     assert re.fullmatch(r"===== JOB \S+ FINISH : .* =====", run.stdout.splitlines()[-1])
-    assert "Traceback" not in output and "line " not in run.stderr  # "line 7: ...: command not found"
+    assert "Traceback" not in run.stderr and "line " not in run.stderr  # "line 7: ...: command not found"
     assert not (course / "runs").exists()
     assert not list(course.parents[3].rglob("here")) and not list(root.glob("here"))  # code in a value would make it
     called = course.parents[3] / "slurm/called"
@@ -207,8 +202,7 @@ def refused(course, root, variables, cwd=None):
     return lines, [line for line in lines if "ERROR" in line]
 
 
-SEVERAL = {"LR_LOWER": "1", "SQUAD_DATA": "/none", "MODEL_NAME": "ROOT/none", "BS_CHOICES": "1,2"}
-SEVERAL |= {"NUM_SAMPLE": "3", "SEED": "?"}
+SEVERAL = {"LR_LOWER": "1", "SQUAD_DATA": "/none", "MODEL_NAME": "ROOT/none", "BS_CHOICES": "1,2", "NUM_SAMPLE": "3"}
 
 
 @pytest.mark.parametrize("where, cwd", [({}, "/"), (SLURM, None)])

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import compare_runs
@@ -29,6 +30,7 @@ COURSE_COLUMNS = ["Combo ID", *HYPERPARAMETERS, "Eval Loss", "Runtime (s)"]
 BEST_COLUMNS = [f"Best {name}" for name in (*HYPERPARAMETERS, "Eval Loss")] + ["Total Runtime (s)", "Epochs"]
 SETTINGS = {"NUM_SAMPLES": "3", "NUM_EPOCHS": "5", "MODEL_NAME": "bigscience/bloom-560m", "SEED": "42",
             "SQUAD_DATA": "rajpurkar/squad", "TRAIN_SAMPLES": "1000", "EVAL_SAMPLES": "100", "WORKERS_PER_TRIAL": "2"}
+NO_LOG = "is not the log of a search or a manual grid; give runs/<jobid> or logs/ray_head_bloom_5epochs-<jobid>.out"
 
 
 # ---- A run made by hand: events, its folder and its log ----------------------------------------------------
@@ -54,17 +56,16 @@ def joined(second, job="w1", gpus=8, slots=4, precision="bf16"):
     return [event(second, "worker_joined", job=job, node="n", cpus=20, gpus=gpus, slots=slots, precision=precision)]
 
 
-def trial(number, *losses, start=0, each=10.0, epochs=5, error=None, ended=True, **config):
+def trial(number, *losses, start=0, each=10.0, error=None, ended=True, **config):
     """A trial whose epochs take `each` seconds."""
     name = number if isinstance(number, str) else f"TorchTrainer_ab_{number:05d}"
     config = {"lr": (1 + len(name) % 2) * 1e-5, "per_device_bs": 1, "wd": 0.0} | config
     events = [event(start, "trial_started", trial=name, config=config)]
     for k, loss in enumerate(losses, 1):
-        decision = "STOP" if k == len(losses) and k < epochs else "CONTINUE"
-        events.append(event(start + k * each, "report", trial=name, epoch=k, eval_loss=loss, seconds=k * each,
-                            training_iteration=k, decision=decision))  # fmt: skip
-    end = [event(start + len(losses) * each, "trial_ended", trial=name, error=error)]
-    return events + end * ended
+        decision = "STOP" if k == len(losses) and k < 5 else "CONTINUE"
+        told = {"epoch": k, "eval_loss": loss, "seconds": k * each, "decision": decision}
+        events.append(event(start + k * each, "report", trial=name, **told))
+    return events + ended * [event(start + len(losses) * each, "trial_ended", trial=name, error=error)]
 
 
 def keep(folder, *parts, job="77"):
@@ -93,10 +94,10 @@ def sample(tmp_path):
     return log, folder
 
 
-def fill(*arguments, status=0):
+def fill(*arguments):
     """Runs the tool. -> (its tables, all that it says)"""
     answer = call(fill_tables, *arguments)
-    assert answer.returncode == status, answer.stdout + answer.stderr
+    assert answer.returncode == 0, answer.stdout + answer.stderr
     return tables(answer.stdout), answer.stdout + answer.stderr
 
 
@@ -117,13 +118,12 @@ def before(mark, text=COMPLETE):
     return text[: text.rindex("\n", 0, text.index(mark)) + 1]
 
 
-# ---- Three inputs, one answer ------------------------------------------------------------------------------
-@pytest.mark.parametrize("source", ["run folder", "log beside it", "log alone", "log alone, from Windows"])
+# ---- Tables ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("source", ["run folder", "log beside it", "log alone"])
 def test_the_tables_of_a_real_run_equal_its_results_row_by_row(sample, source):
     log, folder = sample
-    if "alone" in source:
+    if source == "log alone":  # and from Windows
         shutil.rmtree(folder)
-    if "Windows" in source:
         log.write_text("\ufeff" + COMPLETE.replace("\n", "\r\n"), newline="")
     found, text = fill(folder if source == "run folder" else log)
     assert found["Table 1"] == [{"Job Start Time": "2026-11-24 02:15:55 UTC",
@@ -137,33 +137,29 @@ def test_the_tables_of_a_real_run_equal_its_results_row_by_row(sample, source):
         assert row["Status"] == ("finished" if row["Epochs"] == "5" else "stopped by ASHA")
     best = min((report["eval_loss"], report["time_total_s"], report["epoch"], *result["params"].values())
                for result in RESULTS.values() for report in result["reports"])
-    columns = [*BEST_COLUMNS[3:], *BEST_COLUMNS[:3]]
-    assert [found["Table 3"][0][column] for column in columns] == [f"{value:.6g}" for value in best]
+    assert [found["Table 3"][0][name] for name in BEST_COLUMNS[3:] + BEST_COLUMNS[:3]] == [f"{x:.6g}" for x in best]
     assert "It is combo 8." in text and "partial" not in text.lower()
     assert "Sum of the trials' runtimes: 431 s; the job's time: 474 s" in text
     assert "Epochs trained: 37 of 60 (12 trials x 5 epochs), 38 % saved." in text
     needs = "need the run folder of this job, which is not here"
-    assert (needs in text) == ("alone" in source) == ("7.8 allocated (1 slot(s), from joining" not in text)
-    assert text.count("\n") == fill(folder if "alone" not in source else log)[1].count("\n")
+    assert (needs in text) == (source == "log alone") == ("7.8 allocated (1 slot(s), from joining" not in text)
+    bare = [sys.executable, "-EsS", TOOL, folder if source == "run folder" else log]  # the standard library is enough
+    assert tables(subprocess.run(bare, capture_output=True, text=True, check=True).stdout) == found
 
 
 def grid(folder):
     """A manual grid of three combinations, one of which failed. -> (log, run folder)"""
-    combinations = {"lr=2e-05 per_device_bs=1 wd=0.0": (90.0, [0.9, 0.8, 0.7, 0.512345, 0.6]),
-                    "lr=1e-05 per_device_bs=1 wd=0.0": (200.0, [3, 2.5, 2, 1.23456789, 1.5])}  # fmt: skip
-    events = [started(job="5", kind="manual"), joined(2, job="5", gpus=2, slots=1)]
-    for second, (name, (seconds, losses)) in enumerate(combinations.items()):
-        lr = float(name.split()[0][3:])
-        events.append(trial(name, *losses, start=10 + 200 * second, each=seconds / 5, lr=lr))
-    failed = "lr=5e-06 per_device_bs=2 wd=0.01"
-    events.append(trial(failed, error="out of memory", start=300, lr=5e-6, per_device_bs=2, wd=0.01))
+    events = [started(job="5", kind="manual"), joined(2, job="5", gpus=2, slots=1),
+              trial("lr=2e-05 per_device_bs=1 wd=0.0", 0.9, 0.8, 0.7, 0.512345, 0.6, start=10, each=18, lr=2e-5),
+              trial("lr=1e-05 per_device_bs=1 wd=0.0", 3, 2.5, 2, 1.23456789, 1.5, start=210, each=40, lr=1e-5),
+              trial("lr=5e-06 per_device_bs=2 wd=0.01", error="out of memory", lr=5e-6, per_device_bs=2, wd=0.01),
+              finished(600, 1)]
     log = log_of(folder, "10:01:00 manual n1 | settings:", "  NUM_EPOCHS         5",
                  "RESULT lr=2e-5 per_device_bs=1 wd=0.0 eval_loss=0.512345 epoch=4 runtime_s=90.0",
-                 "10:01:00 manual n1 | lr=1e-05 per_device_bs=1 wd=0.0  epoch 1/5  eval_loss 3.00000",
                  "RESULT lr=1e-05 per_device_bs=1 wd=0.0 eval_loss=1.234568 epoch=4 runtime_s=200.0",
                  "FAILED lr=5e-6 per_device_bs=2 wd=0.01 : out of memory",
                  "10:09:00 manual n1 | ended with exit status 1", job="5", finish=600)  # fmt: skip
-    return log, keep(folder, *events, finished(600, 1), job="5")
+    return log, keep(folder, *events, job="5")
 
 
 def test_the_tables_of_a_manual_grid_are_the_same_from_its_record_and_from_its_log(tmp_path):
@@ -176,15 +172,18 @@ def test_the_tables_of_a_manual_grid_are_the_same_from_its_record_and_from_its_l
     assert list(found["Table 3"][0].values()) == ["2e-05", "1", "0", "0.512345", "90", "4"]
     assert "FAILED: out of memory" in text and "ASHA" not in text and "exit status 1" in text
     assert "GPU-minutes: 20.0 allocated (2 GPU(s), from joining to the end), 9.7 busy" in text
-    assert fill(log)[0] == found
     shutil.rmtree(folder)
     assert fill(log)[0] == found
 
 
-def test_other_programs_get_all_digits(sample, tmp_path):
-    fill("--csv", tmp_path / "a.csv", "--json", tmp_path / "a.json", sample[0])
-    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
-    (run,) = json.loads((tmp_path / "a.json").read_text())
+def test_other_programs_get_all_digits_and_one_row_for_each_of_many_logs(sample, tmp_path):
+    for name, text in (("ben", before("_00006  epoch 3/5")), ("cleo", "no log\n")):
+        (tmp_path / name).write_text(text)
+    files = {f"--{name}": tmp_path / f"all.{name}" for name in ("csv", "json", "summary")}
+    options = [part for pair in files.items() for part in pair]
+    answer = call(fill_tables, sample[0], tmp_path / "ben", tmp_path / "cleo", *options)
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1 and "cleo" in answer.stderr
+    rows, run = list(csv.DictReader(files["--csv"].open())), json.loads(files["--json"].read_text())[0]
     assert list(rows[0])[:6] == COURSE_COLUMNS and len(rows) == len(run["trials"]) == 12
     for row, told in zip(rows, run["trials"]):
         reports = RESULTS[told["trial"]]["reports"]
@@ -192,182 +191,141 @@ def test_other_programs_get_all_digits(sample, tmp_path):
         assert float(row["Eval Loss"]) == told["eval_loss_last"] == losses[-1]
         assert float(row["Runtime (s)"]) == told["runtime_s"] == reports[-1]["time_total_s"]
         assert told["eval_loss_best"] == min(losses) and [loss for _, loss, _ in told["reports"]] == losses
-    assert run["best"]["eval_loss"] == 0.32173068235405006 and run["total_time_s"] == 474
-
-
-def test_the_summary_of_many_logs_has_one_row_a_run_and_names_those_that_are_not_complete(tmp_path):
-    for name, text in {"anna.out": COMPLETE, "ben.out": before("_00006  epoch 3/5"), "cleo.out": "no log\n"}.items():
-        (tmp_path / name).write_text(text)
-    answer = call(fill_tables, *sorted(tmp_path.glob("*.out")), "--summary", tmp_path / "class.csv")
-    assert answer.returncode == 2 and answer.stderr.count("\n") == 1 and "cleo.out" in answer.stderr
-    anna, ben = csv.DictReader((tmp_path / "class.csv").open())
-    assert anna["Log"].endswith("anna.out") and anna["State"] == "complete" and anna["Seed"] == "42"
+    anna, ben = csv.DictReader(files["--summary"].open())
+    assert anna["Log"] == str(sample[0]) and anna["State"] == "complete" and anna["Seed"] == "42"
     columns = ["Total Job Time (s)", "Trials", "Epochs Trained", "Epochs of the Full Grid", *BEST_COLUMNS[:4], "Epochs"]
     values = [474, 12, 37, 60, 0.0015731191654258477, 1, 0, 0.32173068235405006, 5]
     assert [float(anna[column]) for column in columns] == values
     assert ben["State"] == "partial: the job has not finished" and ben["Trials"] == "0" and not ben["Job Finish Time"]
 
 
-# ---- From a log to its run folder --------------------------------------------------------------------------
 def test_a_log_finds_its_run_folder_through_a_link_after_resume_and_where_ids_come_again(tmp_path, monkeypatch):
-    course, scratch = tmp_path / "course", tmp_path / "scratch"
-    scratch.mkdir()
-    course.mkdir()
-    (course / "runs").symlink_to(scratch)
-    keep(course, started(), trial(0, 1.0), started(500, job="78"), trial(1, 2.0, start=501), finished(600))
+    course, again = tmp_path / "course", [started(500, job="78"), trial(1, 2.0, start=501), finished(600)]
     first, second = log_of(course), log_of(course, job="78", start=500, finish=600)
+    (course / "runs").symlink_to(keep(tmp_path / "scratch", started(), trial(0, 1.0), *again).parent)
     for log in (first, second):  # the second has no run folder of its own
         found, text = fill(log)
         assert [row["Job Start Time"][11:19] for row in found["Table 1"]] == ["10:00:00", "10:08:20"]
         assert len(found["Table 2"]) == 2 and "not here" not in text
     moved = shutil.copy(second, tmp_path / "78.out")
     assert "not here" in fill(moved)[1]
-    monkeypatch.setattr(read_log, "EXERCISES", [tmp_path / "course"])
+    monkeypatch.setattr(read_log, "EXERCISES", [course])
     assert "not here" not in fill(moved)[1]
     log_of(course, job="77", start=90_000)  # another job with the number of the first
     assert "not here" in fill(first)[1]
 
 
-def test_what_a_run_folder_tells_other_rooms(tmp_path):
-    folder = keep(tmp_path, started(), ['{"time": "2026-'], trial(0, 3.0, None, lr=1e-3, seed=7), trial(3, None),
-                  trial(1, 2.0, 0.5, 1.0), trial(2, 0.1, error="ValueError"), started(99, job="78", SEED="1"))
-    assert read_run.settings_of(folder) == SETTINGS | {"SEED": "1"} and read_run.started_of(folder)["job"] == "77"
-    lowest = read_run.lowest_losses(folder)
-    assert [loss for loss, _ in lowest] == [0.5, 3.0]
-    assert lowest[1][1] == {"lr": 1e-3, "per_device_bs": 1, "wd": 0.0, "seed": 7}
-    empty = tmp_path / "none"
-    assert (read_run.settings_of(empty), read_run.started_of(empty), read_run.lowest_losses(empty)) == ({}, {}, [])
-
-
 # ---- Jobs and costs ----------------------------------------------------------------------------------------
 def test_a_continued_run_has_a_row_for_each_job_and_nobody_pays_for_the_time_between(tmp_path):
-    killed = [started(), joined(60), trial(0, 3.0, 2.0, start=60, each=30)]
-    killed.append(trial(1, 1.0, start=60, each=60, ended=False))
-    again = [started(3600, job="78"), joined(3660, job="w2"), trial(1, 1.0, 0.9, 0.8, 0.7, 0.6, start=3660, each=60)]
-    found, text = fill(keep(tmp_path, *killed, *again, finished(4200)), "--json", tmp_path / "a.json")
+    lost = trial(1, 1.0, start=60, each=60, ended=False)
+    runs = [started(), joined(60), trial(0, 3.0, 2.0, start=60, each=30), lost, started(3600, job="78", SEED="7")]
+    went_on = [joined(3660, job="w2"), trial(1, 1.0, 0.9, 0.8, 0.7, 0.6, start=3660, each=60), finished(4200)]
+    folder = keep(tmp_path, *runs, *went_on)
+    found, text = fill(folder)
+    assert read_run.started_of(folder)["job"] == "77" and read_run.settings_of(folder) == SETTINGS | {"SEED": "7"}
     assert [list(row.values()) for row in found["Table 1"]] == [
         [local(0), "-", "-"], [local(3600), local(4200), "0:10:00"]]
-    assert [row["Status"] for row in found["Table 2"]] == ["stopped by ASHA", "finished"]
-    assert [row["Runtime (s)"] for row in found["Table 2"]] == ["60", "300"]
+    assert [list(row.values())[5:7] for row in found["Table 2"]] == [["60", "stopped by ASHA"], ["300", "finished"]]
     # 8 GPUs from 60 s to 120 s, the last that is known of the first job, and from 3660 s to FINISH
     assert "the job's time: 720 s; ratio 0.50 with 4 trial(s) at once." in text
     assert "GPU-minutes: 80.0 allocated (8 GPU(s), from joining to the end), 14.0 busy, 66.0 idle (82 %)." in text
-    over = [trial("TorchTrainer_cd_00000", 1.5, start=3660), [event(3659, "search", continues=False)]]
-    found, _ = fill(keep(tmp_path, *killed, again[0], *over[::-1], job="9"))  # Ray had saved nothing before the kill
+    over = [[event(3659, "search", continues=False)], trial("TorchTrainer_cd_00000", 1.5, start=3660)]
+    found, _ = fill(keep(tmp_path, *runs, *over, job="9"))  # Ray had saved nothing before the kill
     assert len(found["Table 1"]) == 2 and [row["Eval Loss"] for row in found["Table 2"]] == ["1.5"]
-    bars = draw_report.on_slots(read_log.parse(tmp_path / "runs/77"))
+    bars = draw_report.on_slots(read_log.parse(folder))
     assert [(row, end) for row, _, _, end in bars] == [(1, 120), (2, 120), (1, 3960)]
 
 
 def test_gpu_minutes_count_from_joining_or_by_slurms_record(tmp_path):
-    run = [*started(), *joined(300, job="2"), *joined(900, job="3", gpus=4, slots=2)]
-    trials = [each for i in range(3) for each in trial(i, *[2.0] * 5, start=300, each=60)]
-    _, text = fill(keep(tmp_path, run, trials, finished(1500)))
+    run = [started(), joined(300, job="2"), *(trial(i, *[2.0] * 5, start=300, each=60) for i in range(3)),
+           *(joined(second, job="3", gpus=4, slots=2) for second in (900, 960))]  # the latter: requeued
+    _, text = fill(keep(tmp_path, *run, finished(1500)))
     # 8 GPUs for 20 minutes and 4 for 10; three trials of 5 minutes on 2 GPUs
     assert "200.0 allocated (12 GPU(s), from joining to the end), 30.0 busy, 170.0 idle (85" in text
-    requeued = joined(960, job="3", gpus=4, slots=2)
-    assert fill(keep(tmp_path, run, requeued, trials, finished(1500)))[1] == text
-    held = [event(1499, "worker_ended", job=job, seconds=seconds) for job, seconds in (("2", 1495), ("3", 600))]
-    _, text = fill(keep(tmp_path, run, trials, held, finished(1500)))
-    assert "239.3 allocated (12 GPU(s), by Slurm's record of the worker jobs), 30.0 busy" in text  # 1495 * 8 + 600 * 4
     assert "with 6 trial(s) at once" in text and "Trained in bf16." in text
+    held = [event(1499, "worker_ended", job=job, seconds=seconds) for job, seconds in (("2", 1495), ("3", 600))]
+    _, text = fill(keep(tmp_path, *run, held, finished(1500)))
+    assert "239.3 allocated (12 GPU(s), by Slurm's record of the worker jobs), 30.0 busy" in text  # 1495 * 8 + 600 * 4
     lost = [event(600, "worker_ended", job="2", cause="its node is gone")]
-    assert "(8 GPU(s), from joining to the end)" in fill(keep(tmp_path, run, trials, lost, finished(1500)))[1]
+    assert "(8 GPU(s), from joining to the end)" in fill(keep(tmp_path, *run, lost, finished(1500)))[1]
 
 
 def test_the_head_job_fills_all_in_one_call(tmp_path):
     began = datetime.datetime.now().astimezone() - datetime.timedelta(seconds=100)
-    start = {"time": began.astimezone(datetime.UTC).isoformat(), "start": f"{began:%Y-%m-%d %H:%M:%S %Z}"}
-    told = event(9, "forecast", text="5 to 12 of 15 epochs, 8 on average") | {"time": start["time"]}
-    trials = [each | {"time": start["time"]} for i in range(3) for each in trial(i, *[2.0] * (5 - i))]
-    folder = keep(tmp_path, [started()[0] | start, started()[1] | {"time": start["time"]}], [told], trials)
+    events = [*started(), event(9, "forecast", text="5 to 12 of 15 epochs, 8 on average"), *trial(0, *[2.0] * 5)]
+    events[0]["start"] = f"{began:%Y-%m-%d %H:%M:%S %Z}"
+    folder = keep(tmp_path, [each | {"time": began.astimezone(datetime.UTC).isoformat()} for each in events])
     files = {"--tables": "t.md", "--csv": "trials.csv", "--json": "run.json", "--study": "study.db", "--plots": "r"}
     options = [part for name, file in files.items() for part in (name, folder / file)]
-    answer = call(fill_tables, folder, "--exit-status", 0, *options)
-    assert (answer.returncode, answer.stderr) == (0, "")
-    assert answer.stdout == f"pictures and report: {folder}/r/report.html\n"
-    (run,), text = json.loads((folder / "run.json").read_text()), (folder / "t.md").read_text()
-    drawn = (folder / "r/slots.png").stat().st_mtime
-    assert run["state"] == "complete" and run["total_time_s"] >= int(drawn) - int(began.timestamp()) >= 100
-    job = tables(text)["Table 1"][0]
-    assert job["Job Finish Time"] == f"{run['finish']} {began:%Z}" and job["Job Finish Time"] in (
-        folder / "r/report.html").read_text()
-    assert "Forecast before the run: 5 to 12 of 15 epochs, 8 on average." in text
+    answer = call(fill_tables, folder, "--exit-status", 143, *options)
+    assert (answer.returncode, answer.stderr) == (0, "") and answer.stdout.endswith(f": {folder}/r/report.html\n")
     assert {path.name for path in folder.iterdir()} == {*files.values(), "events.jsonl"}
-    fill(folder, "--exit-status", 143, "--tables", folder / "tables.md")
-    assert "cancelled, or at its time limit, exit status 143" in (folder / "tables.md").read_text()
+    (run,), text = json.loads((folder / "run.json").read_text()), (folder / "t.md").read_text()
+    assert run["state"] == "partial: the job ended early (cancelled, or at its time limit, exit status 143)"
+    drawn = (folder / "r/slots.png").stat().st_mtime  # the job finishes after its pictures
+    assert run["total_time_s"] >= int(drawn) - int(began.timestamp()) >= 100
+    for page in (text, (folder / "r/report.html").read_text()):
+        assert f"{run['finish']} {began:%Z}" in page and "Forecast before the run: 5 to 12 of 15 epochs, 8 on" in page
 
 
-def test_tables_are_written_though_the_pictures_cannot(sample, tmp_path):
-    (tmp_path / "plots").write_text("not a folder")
-    _, text = fill("--plots", tmp_path / "plots", "--tables", tmp_path / "a.md", sample[0], status=2)
-    assert re.fullmatch(f"ERROR: {tmp_path}/plots: .*\n", text)
-    assert len(tables((tmp_path / "a.md").read_text())["Table 2"]) == 12
-    _, text = fill("--tables", tmp_path / "none/a.md", sample[0], status=2)
-    assert f"{tmp_path}/none/a.md: cannot be used" in text
-    _, text = fill("--study", tmp_path / "none/a.db", sample[0], status=2)
-    assert f"ERROR: {tmp_path}/none/a.db: cannot be used" in text
+@pytest.mark.parametrize(("options", "says"), [
+    (["--plots", "file"], "file: cannot be used"), (["--tables", "file/a.md"], "file/a.md: cannot be used"),
+    (["--study", "file/a.db"], "file/a.db: cannot be used"),
+    *((option, "complete.out: its run folder is not here; pictures, --study and --compare need it")
+      for option in (["--plots", "x"], ["--study", "x"], ["--compare"])),
+])  # fmt: skip
+def test_what_cannot_be_done_is_one_line_and_the_tables_come_all_the_same(sample, tmp_path, monkeypatch, options, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("not a folder")
+    answer = call(fill_tables, LOGS / "complete.out" if "not here" in says else sample[0], *options)
+    assert answer.returncode == 2 and re.fullmatch(f"ERROR: .*{says}.*\n", answer.stderr)
+    assert bool(tables(answer.stdout)) == (options[0] not in ("--tables", "--compare"))
 
 
-# ---- How trials end ----------------------------------------------------------------------------------------
 def test_the_status_of_a_trial_follows_from_its_events(tmp_path):
     lost = [*trial(5, 3.0, 2.0, ended=False), event(30, "trial_lost", trial="TorchTrainer_ab_00005")]
-    parts = [started(), joined(1), trial(0, 5, 4, 3, 2, 1.8), trial(1, 0.1, error="OutOfMemoryError: CUDA"),
-             trial(2, 4.0, None), trial(3, 4.0, 3.5), trial(4, 1.9, 1.85, start=100, ended=False), lost]
-    found, text = fill(keep(tmp_path, *parts))
-    names = ["finished", "FAILED", "diverged", "stopped by ASHA", "running", "pending"]
-    assert [row["Status"] for row in found["Table 2"]] == names
-    assert [row["Epochs"] for row in found["Table 2"]] == ["5", "1", "2", "2", "2", "2"]
-    assert [row["Eval Loss"] for row in found["Table 2"]] == ["1.8", "0.1", "nan", "3.5", "1.85", "2"]
+    parts = [started(), joined(1), trial(0, 5, 4, 3, 2, 1.8, seed=7), trial(1, 0.1, error="OutOfMemoryError: CUDA"),
+             ['{"time": "2026-'], trial(2, 4.0, None), trial(3, 4.0, 3.5), trial(4, 1.9, 1.85, start=100, ended=False)]
+    folder = keep(tmp_path, *parts, lost)
+    found, text = fill(folder)
+    assert [(row["Status"], row["Epochs"], row["Eval Loss"]) for row in found["Table 2"]] == [
+        ("finished", "5", "1.8"), ("FAILED", "1", "0.1"), ("diverged", "2", "nan"), ("stopped by ASHA", "2", "3.5"),
+        ("running", "2", "1.85"), ("pending", "2", "2")]
     assert found["Table 2"][4]["Runtime (s)"] == "20" and found["Table 1"][0]["Total Job Time"] == "-"
     assert found["Table 3"][0]["Best Eval Loss"] == "1.8" and "14 of 30 (6 trials x 5 epochs) so far." in text
-    assert "(TorchTrainer_ab_00001): FAILED: OutOfMemoryError: CUDA" in text
-    assert "at epoch 2: the loss became NaN or infinite" in text
-    again = [trial(5, 3.0, 2.0, 1.5, start=200)]
-    found, text = fill(keep(tmp_path, *parts, *again, finished(300, 1)), "--json", tmp_path / "a.json")
+    assert "_ab_00001): FAILED: OutOfMemoryError: CUDA" in text and "at epoch 2: the loss became NaN" in text
+    lowest = read_run.lowest_losses(folder)  # what other rooms ask for
+    assert lowest[0] == (1.8, {"lr": 2e-5, "per_device_bs": 1, "wd": 0.0, "seed": 7})
+    assert [loss for loss, _ in lowest] == [1.8, 1.85, 2, 3.5, 4]
+    again = [trial(5, 3.0, 2.0, 1.5, start=200), finished(300, 1)]
+    found, text = fill(keep(tmp_path, *parts, *again), "--json", tmp_path / "a.json")
     assert [row["Status"] for row in found["Table 2"]][4:] == ["cut off", "stopped by ASHA"]
     assert found["Table 2"][5]["Epochs"] == "3" and "Partial: the job ended early (failed, exit status 1)." in text
     assert json.loads((tmp_path / "a.json").read_text())[0]["trials"][2]["eval_loss_last"] is None
 
 
-def test_without_a_loss_or_a_trial_the_tables_say_so(tmp_path):
-    found, text = fill(keep(tmp_path, started(), trial(0, error="no data"), finished(60, 1)))
-    assert found["Table 2"][0]["Eval Loss"] == "-" and set(found["Table 3"][0].values()) == {"-"}
-    assert "No trial has reported a loss." in text
-    found, text = fill(keep(tmp_path, started(), finished(60, 143)), "--plots", tmp_path / "plots")
-    assert found["Table 2"] == [] and "exit status 143" in text and (tmp_path / "plots/report.html").exists()
+@pytest.mark.parametrize("trials", [[], [trial(0, error="no data")]])
+def test_without_a_loss_or_a_trial_the_tables_say_so(tmp_path, trials):
+    found, text = fill(keep(tmp_path, started(), *trials, finished(60, 143)), "--plots", tmp_path / "plots")
+    assert [row["Eval Loss"] for row in found["Table 2"]] == ["-"] * len(trials)
+    assert set(found["Table 3"][0].values()) == {"-"} and "No trial has reported a loss." in text
 
 
-def test_the_scheduler_is_named_and_a_copy_of_pbt_keeps_what_the_best_was_drawn_with(tmp_path):
-    first, second = trial(0, 3.0, 1.0, lr=1e-3, ended=False), trial(0, 1.0, 1.5, lr=2e-3, start=50)[0]
-    folder = keep(tmp_path, started(), [event(2, "search", scheduler="PBT", continues=False)], first, [second])
-    assert fill(folder)[0]["Table 3"][0]["Best Learning Rate (lr)"] == "0.001"
-    assert fill(folder)[0]["Table 2"][0]["Learning Rate (lr)"] == "0.002"
+def test_hyperparameters_never_seen_a_copy_of_pbt_and_a_scored_model(tmp_path):
+    trials = [trial(f"my run #{letter}", 2.0, 1.5, ended=False, lr=1e-3, kind=f"a|{letter}") for letter in "zyx"]
+    copied = trial("my run #z", 1.0, 1.8, start=50, lr=2e-3, kind="a|z")  # its best was drawn with the former lr
+    folder = keep(tmp_path, started(), [event(2, "search", scheduler="PBT", continues=False)], *trials, copied[:1])
+    score = {"exact_match": 5, "f1": 9.5, "eval_loss": 1, "standard_error": 0.1, "questions": 50}
+    (folder / "scores.json").write_text(json.dumps({"before": score, "after": score}))
+    found, text = fill(folder)
+    assert list(found["Table 2"][0])[:7] == [*COURSE_COLUMNS, "kind"] and "kind a|z" in text
+    assert [(row["Combo ID"], row["Learning Rate (lr)"], row["kind"]) for row in found["Table 2"]] == [
+        ("1", "0.002", r"a\|z"), ("2", "0.001", r"a\|y"), ("3", "0.001", r"a\|x")]
+    assert found["Table 3"][0]["Best Learning Rate (lr)"] == "0.001"
+    assert found["The best as a model"][1]["F1 (%)"] == "9.5"
     assert compare_runs.title(read_log.parse(folder)) == "Ray Tune PBT 77"
 
 
-def test_hyperparameters_never_seen_and_a_scored_model(tmp_path):
-    trials = [trial(f"my run #{letter}", 2.0, warmup_ratio=0.1, kind=f"a|{letter}") for letter in "zyx"]
-    folder = keep(tmp_path, started(), *trials, finished(60))
-    scores = {name: {"exact_match": 5, "f1": 9.5, "eval_loss": 1, "standard_error": 0.1, "questions": 50}
-              for name in ("before", "after")}
-    (folder / "scores.json").write_text(json.dumps(scores))
-    found, text = fill(folder)
-    assert list(found["Table 2"][0])[:8] == [*COURSE_COLUMNS, "warmup_ratio", "kind"]
-    assert [(row["Combo ID"], row["kind"]) for row in found["Table 2"]] == [
-        ("1", r"a\|z"), ("2", r"a\|y"), ("3", r"a\|x")]
-    assert "warmup_ratio 0.1" in text and found["The best as a model"][1]["F1 (%)"] == "9.5"
-
-
-def test_tables_need_only_the_standard_library_and_what_is_missing_for_more_is_named(sample):
-    alone = [sys.executable, "-E", "-s", "-S", TOOL, sample[0]]
-    text = subprocess.run(alone, capture_output=True, text=True, check=True).stdout
-    assert tables(text) == fill(sample[0])[0]
-    answer = subprocess.run([*alone, "--watch"], capture_output=True, text=True, check=False)
-    assert answer.returncode == 2 and "need the package rich; run: bash scripts/setup_env.sh" in answer.stderr
-
-
-# ---- A log alone -------------------------------------------------------------------------------------------
 def test_a_log_of_rays_own_lines_alone():
     """Several tables, a header over two lines, a list of error files. (Ray printed the lines.)"""
     found, text = fill(LOGS / "ray_plain.out")
@@ -376,150 +334,98 @@ def test_a_log_of_rays_own_lines_alone():
         ["2", "3.79107e-05", "1", "0", "1.9", "1.50109", "finished", "5"],
         ["3", "9.98802e-06", "2", "0.01", "2.6", "0.30019", "FAILED", "1"],
         ["4", "1.50153e-05", "1", "0.01", "nan", "0.600324", "diverged", "2"],
-        ["5", "0.000176918", "2", "0", "1.6", "6.50212", "finished", "5"],
-    ]
+        ["5", "0.000176918", "2", "0", "1.6", "6.50212", "finished", "5"]]
     assert list(found["Table 3"][0].values()) == ["0.000176918", "2", "0", "1.6", "6.50212", "5"]
     assert "It is combo 5." in text and "Epochs trained: 18 of 25" in text
 
 
-def test_a_cancelled_job_has_no_boxed_table_and_a_table_may_be_cut(tmp_path):
-    end = f"02:21:20 head vm | ended with exit status 143\n===== JOB {JOB} FINISH : 2026-11-24 02:21:21 UTC =====\n"
-    (tmp_path / "a.out").write_text(before("00007  epoch 4/5") + end)
-    found, text = fill(tmp_path / "a.out")
-    assert "Partial: the job ended early (cancelled, or at its time limit, exit status 143)." in text
-    assert found["Table 1"][0]["Total Job Time"] == "0:05:26" and not found["Table 2"]
-    (tmp_path / "a.out").write_text(before("TorchTrainer_012db_00007 | TERMI") + "| TorchTrainer_012db_00007 | TERM")
-    found, text = fill(tmp_path / "a.out")
+def test_a_log_that_was_cut_one_of_a_job_that_was_requeued_and_text_that_is_not_run_as_code(tmp_path):
+    log, trap = tmp_path / "a.out", tmp_path / "trap"
+    log.write_text(before("TorchTrainer_012db_00007 | TERMI") + "| TorchTrainer_012db_00007 | TERM")
+    found, text = fill(log)
     assert "Partial" in text and len(found["Table 2"]) == 7 and list(found["Table 1"][0].values())[1:] == ["-", "-"]
-    second = "===== JOB 77 START  : 2026-11-23 11:00:00 +03 ====="
-    requeued = log_of(tmp_path, "10:00:09 head n | x", second, finish=4000)
-    assert [row["Total Job Time"] for row in fill(requeued)[0]["Table 1"]] == ["-", "0:06:40"]
-
-
-@pytest.mark.parametrize("trap", ["{{'eval_loss': __import__('pathlib').Path({!r}).write_text('x')}}", "[" * 15_000])
-def test_text_is_never_run_as_code(tmp_path, trap):
-    log = COMPLETE.split("Best Trial Result:")[0] + "Best Trial Result:\n" + trap.format(str(tmp_path / "trap"))
-    (tmp_path / "a.out").write_text(log)
-    found, _ = fill(tmp_path / "a.out")
-    assert not (tmp_path / "trap").exists() and found["Table 3"][0]["Best Eval Loss"] == "0.321731"
-
-
-NO_LOG = "is not the log of a search or a manual grid; give runs/<jobid> or logs/ray_head_bloom_5epochs-<jobid>.out"
+    for code in (f"{{'eval_loss': __import__('pathlib').Path({str(trap)!r}).write_text('x')}}", "[" * 15_000):
+        log.write_text(before("Best Trial Result:") + f"Best Trial Result:\n{code}")
+        assert fill(log)[0]["Table 3"][0]["Best Eval Loss"] == "0.321731" and not trap.exists()
+    cancelled = log_of(tmp_path, "10:00:09 head n | x", f"===== JOB 77 START  : {local(3600)} =====",
+                       "11:06:40 head n | ended with exit status 143", finish=4000)  # fmt: skip
+    found, text = fill(cancelled)
+    assert "Partial: the job ended early (cancelled, or at its time limit, exit status 143)." in text
+    assert [row["Total Job Time"] for row in found["Table 1"]] == ["-", "0:06:40"] and not found["Table 2"]
 
 
 @pytest.mark.parametrize(("content", "says"), [
-    (b" \r\n", NO_LOG), (b"\x7fELF\0\0\1" * 99, NO_LOG),
-    (b"+---+---+\n| a | b |\n|---+---|\n| 1 | 2 |\n+---+---+\n", NO_LOG),
+    (b" \r\n", NO_LOG), (b"\x7fELF\0\0\1" * 99, NO_LOG), (b"+---+\n| a |\n|---|\n| 1 |\n+---+\n", NO_LOG),
     (b"===== JOB 5 START  : 2026-11-23 10:00:00 +03 =====\n10:00:01 worker w1 | node\n", NO_LOG),
-    (None, "cannot be read (No such file"), ("folder", "is not a run folder (no events.jsonl)"),
+    ("folder", "is not a run folder (no events.jsonl)"), (None, "cannot be read (No such file"),
 ])  # fmt: skip
 def test_what_cannot_be_read_gets_one_line_and_does_not_hide_the_others(tmp_path, content, says):
     wrong = tmp_path / "wrong"
-    if content == "folder":
-        wrong.mkdir()
-    elif content is not None:
-        wrong.write_bytes(content)
+    if content:
+        wrong.mkdir() if content == "folder" else wrong.write_bytes(content)
+        os.utime(wrong, (time.time() - 60,) * 2)  # one that is new would be watched
+        watched = call(fill_tables, "--watch", wrong)
+        assert (watched.returncode, watched.stdout) == (2, "") and watched.stderr.count("\n") == 1
+        assert watched.stderr.startswith(f"ERROR: {wrong}: {says}")
     answer = call(fill_tables, wrong, LOGS / "complete.out")
     assert answer.returncode == 2 and re.fullmatch(f"ERROR: {wrong}: .*\n", answer.stderr) and says in answer.stderr
     assert f"## {JOB} (" in answer.stdout and len(tables(answer.stdout)["Table 2"]) == 12
 
 
-@pytest.mark.parametrize("option", [["--plots", "x"], ["--study", "x"], ["--compare"]])
-def test_what_needs_the_record_says_so_and_the_tables_come_all_the_same(option):
-    answer = call(fill_tables, LOGS / "complete.out", *option)
-    assert answer.returncode == 2 and "its run folder is not here; pictures, --study and" in answer.stderr
-    assert bool(tables(answer.stdout)) == (option != ["--compare"])
-
-
 # ---- Comparison --------------------------------------------------------------------------------------------
-def a_search(folder, job="77", *, minutes=5, slots=4, precision="bf16", gpus=8, **settings):
-    losses = [trial(0, 3.0, 1.5, start=60 * minutes + 20, each=300), trial(1, 2.0, start=60 * minutes + 20, each=90)]
+def a_search(folder, job="77", *, slots=4, precision="bf16", gpus=8, **settings):
     node = joined(300, gpus=gpus, slots=slots, precision=precision)
-    return keep(folder, started(job=job, **settings), node, *losses, finished(1500), job=job)
-
-
-def compare(*folders, **options):
-    answer = call(fill_tables, "--compare", *folders, *(part for pair in options.items() for part in pair))
-    assert answer.returncode == 0 and not answer.stderr, answer.stderr
-    return tables(answer.stdout), answer.stdout
+    trials = [*trial(0, 3.0, 1.5, start=320, each=300), *trial(1, 2.0, start=320, each=90)]
+    return keep(folder, started(job=job, **settings), node, trials, finished(1500), job=job)
 
 
 def test_a_search_is_compared_with_the_manual_grid(tmp_path):
-    found, text = compare(grid(tmp_path)[1], a_search(tmp_path))
+    found, text = fill("--compare", grid(tmp_path)[1], a_search(tmp_path))
     assert [list(row.values()) for row in found["Cost"]] == [
         ["manual grid 5", "0.512345", "0:10:00", "2", "20.0", "1.00"],
         ["Ray Tune ASHA 77", "1.5", "0:25:00", "8", "160.0", "8.00"]]
-    assert list(found["Cost"][0])[5] == "cost ratio Ray/manual"
     assert "the runs are comparable" in text and "NOT COMPARABLE" not in text
     assert "5 has 3 trials, 77 has 2." in text and "5: partial: the job ended early" in text
+    changed = dict.fromkeys(set(compare_runs.SAME_TO_COMPARE) & set(SETTINGS), "7")
+    _, text = fill("--compare", tmp_path / "runs/5", a_search(tmp_path, precision="fp16", gpus=0, **changed))
+    says = [f"{name} is {SETTINGS[name]} in 5 and 7 in 77." for name in changed]
+    for line in (*says, "precision is bf16 in 5 and fp16 in 77.", "device is GPU in 5 and CPU in 77."):
+        assert f"NOT COMPARABLE: {line}" in text
+    assert len(says) == 7 and "the runs are comparable" not in text
     resumed = keep(tmp_path, started(job="6", kind="manual"), joined(1, gpus=2, slots=1), *(
         trial(f"lr={i} per_device_bs=1 wd=0.0", 1 / i, start=i, each=200) for i in (1, 2)), finished(240), job="6")
-    assert compare(resumed, a_search(tmp_path))[0]["Cost"][0]["runtime"] == "0:06:40"
+    assert fill("--compare", resumed, a_search(tmp_path))[0]["Cost"][0]["runtime"] == "0:06:40"
     assert compare_runs.lowest_so_far(read_log.parse(resumed)) == [(200, 1.0), (400, 0.5)]
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    *(({name: "7"}, f"NOT COMPARABLE: {name} is {SETTINGS[name]} in 5 and 7 in 77.")
-      for name in compare_runs.SAME_TO_COMPARE if name in SETTINGS),
-    ({"precision": "fp16"}, "NOT COMPARABLE: precision is bf16 in 5 and fp16 in 77."),
-    ({"gpus": 0}, "NOT COMPARABLE: device is GPU in 5 and CPU in 77.")])  # fmt: skip
-def test_runs_that_are_not_comparable(tmp_path, change, says):
-    _, text = compare(grid(tmp_path)[1], a_search(tmp_path, **change))
-    assert says in text and "the runs are comparable" not in text
-
-
-def test_searches_are_compared_with_the_first_and_their_settings_that_differ_are_named(tmp_path):
+def test_searches_are_compared_with_the_first_in_settings_costs_and_a_picture(tmp_path):
     folders = [a_search(tmp_path, "1"), a_search(tmp_path, "2", SEED="7")]
     folders.append(a_search(tmp_path, "3", NUM_SAMPLES="4", slots=2))
-    found, text = compare(*folders)
-    assert {row["cost ratio to the first"] for row in found["Cost"]} == {"1.00"}
-    assert "Same model, data, samples, epochs, workers and precision: the runs are comparable." in text
+    found, text = fill("--compare", *folders, "--plots", tmp_path / "plots")
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["compare.png"]
+    assert {row["cost ratio to the first"] for row in found["Cost"]} == {"1.00"} and "runs are comparable." in text
     assert [list(row.values()) for row in found["Settings that differ"]] == [
         ["Ray Tune ASHA 1", "3", "42", "4"], ["Ray Tune ASHA 2", "3", "7", "4"], ["Ray Tune ASHA 3", "4", "42", "2"]]
-    assert "The other 8 settings are the same." in text
-    assert "None: with the same settings, runs differ by chance alone." in compare(folders[0], folders[0])[1]
+    assert "Settings that differ" not in fill("--compare", folders[0], folders[0])[0]
     on_cpus = [a_search(tmp_path, job, gpus=0, slots=slots) for job, slots in (("8", 2), ("9", 4))]
-    assert [list(row.values())[3:] for row in compare(*on_cpus)[0]["Cost"]] == [
+    assert [list(row.values())[3:] for row in fill("--compare", *on_cpus)[0]["Cost"]] == [
         ["0 (2 slot(s) on CPUs)", "40.0 slot-minutes", "1.00"], ["0 (4 slot(s) on CPUs)", "80.0 slot-minutes", "2.00"]]
-
-
-def test_the_picture_of_a_comparison_has_each_lower_loss_at_its_time_and_cost(tmp_path):
-    run = read_log.parse(a_search(tmp_path))
-    assert compare_runs.lowest_so_far(run) == [(410, 2.0), (920, 1.5)]
-    _, held = compare_runs.holdings(run)
-    costs = [compare_runs.minutes(held, second) * 60 for second in (300, 410, 920)]
-    assert costs == pytest.approx([0, 8 * 110, 8 * 620])
-    compare(*[a_search(tmp_path, str(job), minutes=job) for job in range(8)], **{"--plots": tmp_path / "plots"})
-    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["compare.png"]
+    assert compare_runs.lowest_so_far(read_log.parse(folders[0])) == [(410, 2.0), (920, 1.5)]
 
 
 # ---- Pictures, study and report ----------------------------------------------------------------------------
 def test_a_run_is_an_optuna_study_also_if_it_was_cut_short(sample, tmp_path):
-    fill("--study", tmp_path / "study.db", sample[1])
-    trials = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/study.db").trials
-    states = [trial.state.name for trial in trials]
-    assert len(trials) == 12 and states.count("COMPLETE") == 6 and states.count("PRUNED") == 6
+    def study():
+        fill("--study", tmp_path / "study.db", sample[1])
+        return optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/study.db").trials
+
+    trials = study()
+    assert sorted(trial.state.name for trial in trials) == ["COMPLETE"] * 6 + ["PRUNED"] * 6
     assert trials[7].intermediate_values[5] == trials[7].value == min(trial.value for trial in trials)
     assert trials[7].params["lr"] == RESULTS["TorchTrainer_012db_00007"]["params"]["lr"]
-    assert all(trial.duration.total_seconds() > 10 for trial in trials)
-    for mark in ('"worker_joined"', '00000", "config', '00007", "epoch": 4'):
+    for mark, last in (('00000", "config', []), ('00007", "epoch": 4', ["RUNNING"])):
         (sample[1] / "events.jsonl").write_text(before(mark, RECORD))
-        fill("--study", tmp_path / "study.db", "--plots", tmp_path / "plots", sample[1])
-        study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/study.db")
-        assert {trial.state.name for trial in study.trials} <= {"COMPLETE", "PRUNED", "RUNNING"}
-
-
-def browse(page, folder):
-    """Opens a page in headless Chromium. -> (DOM after its scripts, console lines)"""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium, "chromium is missing; it is part of the set-up of the tests: apt-get install chromium"
-    command = [
-        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr",
-        "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder}", "--dump-dom", page.resolve().as_uri(),
-    ]  # fmt: skip
-    opened = subprocess.run(command, text=True, capture_output=True, timeout=120, check=True,
-                            env=os.environ | {"HOME": str(folder)})  # fmt: skip
-    return opened.stdout, [line for line in opened.stderr.splitlines() if "CONSOLE" in line]
+        assert [trial.state.name for trial in study()[-1:]] == last
 
 
 def test_the_report_renders_in_a_browser_with_hostile_text_and_without_a_request(tmp_path):
@@ -528,13 +434,17 @@ def test_the_report_renders_in_a_browser_with_hostile_text_and_without_a_request
     folder = keep(tmp_path, started(job="a/../<x>"), joined(1), *trials, finished(99))
     assert call(fill_tables, "--plots", tmp_path / "plots", folder).stderr == ""
     page = shutil.copy(tmp_path / "plots/report.html", tmp_path / "copied report.html")  # it needs no other file
-    dom, console = browse(page, tmp_path)
-    assert not console
+    page.write_text(page.read_text().replace("<h1>", "<img src='http://127.0.0.1:9/x.png'><script>none()</script><h1>"))
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom",
+               "--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path}"]
+    opened = subprocess.run([*command, page.resolve().as_uri()], text=True, capture_output=True, timeout=120,
+                            check=True, env=os.environ | {"HOME": str(tmp_path)})  # fmt: skip
+    dom, console = opened.stdout, [line for line in opened.stderr.splitlines() if "CONSOLE" in line]
+    refused, wrong = console  # what was put in: the page forbids requests, and the check sees errors
+    assert "Content Security Policy" in refused and "none is not defined" in wrong
     shown = re.findall(r"<table>.*?</table>", dom, flags=re.DOTALL)
     assert len(shown) == 3 and shown[1].count("<tr>") == 6
     assert len(re.findall(r"<img alt=\"[^\"]+\" src=\"data:image/png;base64,", dom)) == 2
     assert '<svg class="main-svg"' in dom and "Lowest Eval Loss" in dom[dom.index("main-svg"):]
     assert "onerror=alert(1)>" not in re.sub(r"&lt;.*?&gt;", "", dom.split("</script>")[-1])
-    page.write_text(page.read_text().replace("<h1>", "<img src='http://127.0.0.1:9/x.png'><script>none()</script><h1>"))
-    _, console = browse(page, tmp_path)  # the check sees errors, and the page forbids requests
-    assert "Content Security Policy" in "".join(console) and "none is not defined" in "".join(console)

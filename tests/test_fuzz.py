@@ -108,4 +108,4 @@ def test_a_record_or_log_with_any_damage_is_read_or_refused_in_one_line(tmp_path
         json.dumps(fill_tables.as_json(run), allow_nan=False).encode()
         compare_runs.comparison([run, run])
         draw_report.on_slots(run)
-        as_study.compared(run)
+        as_study.compared(run, lambda trial: trial.best())

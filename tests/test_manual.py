@@ -28,7 +28,7 @@ def test_a_combination_that_fails_is_named_and_the_losses_of_others_are_those_of
     grid = subprocess.run(["bash", GRID], cwd=folder, env=environ, text=True, check=False, capture_output=True,
                           timeout=300)  # fmt: skip
     assert grid.returncode == 1, grid.stdout + grid.stderr
-    why = "ERROR: --lr='20': must be a number above 0 and at most 10"
+    why = "ERROR: --lr='20': must be a number above 0.0 and at most 10.0"
     assert re.search(rf"^FAILED lr=20\S* per_device_bs=2 wd=0.01 : {why}", grid.stdout, re.MULTILINE)
     assert grid.stdout.count("RESULT ") == grid.stdout.count("  epoch 2/2  eval_loss ") == 1  # from rank 0 alone
     (row,) = csv.DictReader(next(folder.glob("results-*.csv")).open())

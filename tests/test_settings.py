@@ -77,13 +77,6 @@ def test_a_wrong_number_is_refused_before_anything_large_is_imported(local):
     assert done.stdout == "set()\n"
 
 
-def test_single_values_come_without_a_look_at_the_data(checks, local, tmp_path, monkeypatch):
-    for name, value in (local | {"SQUAD_DATA": str(tmp_path), "BS_CHOICES": "2 4"}).items():
-        monkeypatch.setenv(name, value)
-    done = conftest.call(checks, "--get", "SEED", "BS_CHOICES", "SQUAD_DATA")
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"42\n2 4\n{tmp_path}\n", "")
-
-
 def test_a_missing_package_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "deepspeed")
     with pytest.raises(SystemExit) as end:

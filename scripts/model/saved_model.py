@@ -92,7 +92,7 @@ class NewModel:
             kept = training | {"run": self.run, "settings": vars(s)}
             (self.new / "training.json").write_text(json.dumps(kept, indent=1, default=str))
             for path in self.new.glob("*.safetensors"):  # written for the owner alone
-                shutil.copymode(self.new / "config.json", path)
+                shutil.copymode(self.new / "README.md", path)
             self.replace()
         except Exception as error:  # noqa: BLE001  as in keep()
             self.failed(error)

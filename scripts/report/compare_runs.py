@@ -1,4 +1,4 @@
-"""Runs side by side: what they cost, and which settings differ. Used by fill_tables.py, for the costs of one run, too."""
+"""Runs side by side: what they cost, which settings differ. Used by fill_tables.py, also for the costs of one run."""
 
 import itertools
 import math
