@@ -122,7 +122,7 @@ def test_trials_that_diverge_raise_or_run_out_of_memory_end_alone(course, demo):
     killed = r"RuntimeError: training worker 0 died; out of memory\?"
     for number, cause in ((0, r"\S*Error: .*"), (1, r"RuntimeError: .*can't allocate memory.*"), (5, killed)):
         assert re.search(rf"_{number:05d}  FAILED     {cause}", log), log
-        assert re.search(rf"combo {number + 1} \(TorchTrainer_\S+\): FAILED: {cause}", tables), tables
+        assert re.search(rf"Combo {number + 1} \(TorchTrainer_\S+\): FAILED: {cause}", tables), tables
     (trace,) = re.findall(r"_00001  FAILED .*\(full trace: (\S+)\)", log)
     assert "in train_loop_per_worker" in Path(trace).read_text() and "can't allocate memory" in Path(trace).read_text()
     assert len(re.findall(r"_00002  ended      diverged at epoch 1$", log, re.MULTILINE)) == 1

@@ -106,7 +106,7 @@ def in_its_place(error):
     ({"between": lambda: in_its_place(SystemExit(143))}, "^143$"),  # by scancel
     ({"between": lambda: os.kill(os.getpid(), 15)}, "^143$")])
 def test_what_ends_a_training_leaves_the_model_before_as_it_was(base, demo, tmp_path, monkeypatch, fault, said):
-    for name in ("model.before", "model", "model"):  # the first: as one that was killed between two models leaves it
+    for name in ("model", "model.before", "model"):  # the second: as one that was killed between two models leaves it
         keep(tmp_path / name, base, demo)
     older = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     monkeypatch.setattr(os, "rename", os.rename)  # whatever becomes of it
