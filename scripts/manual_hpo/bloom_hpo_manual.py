@@ -95,16 +95,14 @@ def train(hyperparameters, settings, csv_file=None, record_file=None, new_model=
 
 def main():
     """Returns the exit status: 0 success, 2 bad input or a training that diverged (one line each)."""
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lr", help="learning rate")
     parser.add_argument("--bs", help="per-device batch size")
     parser.add_argument("--wd", help="weight decay")
     parser.add_argument("--best", metavar="RUN_FOLDER", help="instead: the best that a search has found")
     parser.add_argument("--epochs", help="epochs (default: NUM_EPOCHS)")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the model of the best epoch here")
-    columns = ", ".join(COLUMNS)
-    parser.add_argument("--csv", type=Path, metavar="FILE", help=f"append the result here ({columns})")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help=f"append the result here ({', '.join(COLUMNS)})")
     parser.add_argument("--record", type=Path, metavar="FILE", help="record the training in this events.jsonl")
     a = parser.parse_args()
     by_hand = (a.lr, a.bs, a.wd)

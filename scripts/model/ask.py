@@ -154,8 +154,7 @@ def table(scores):
 # ---- Command line ----------------------------------------------------------------------------------------
 def main():
     """Returns the exit status: 0 success, 2 bad input (one line)."""
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="MODEL_FOLDER", help="one that --save has written")
     parser.add_argument("--question", help="your own")
     parser.add_argument("--context", help="the text that has its answer")

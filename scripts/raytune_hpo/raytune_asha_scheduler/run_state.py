@@ -94,16 +94,12 @@ def record(run_dir, event, **fields):
     now = time.time()
     moment = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
     path = Path(run_dir, "events.jsonl")
+    plain = lambda value: value.item() if hasattr(value, "item") else str(value)  # a number of numpy as one of Python
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": moment, "event": event} | fields, default=plain) + "\n")
     except OSError as error:
         sys.exit(f"ERROR: {path}: {error.strerror}; is the disk full, or the quota reached?")
-
-
-def plain(value):
-    """A number of numpy as one of Python, anything else as its text."""
-    return value.item() if hasattr(value, "item") else str(value)
 
 
 def read_record(run_dir):
