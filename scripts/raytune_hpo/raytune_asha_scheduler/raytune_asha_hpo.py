@@ -59,7 +59,7 @@ def read_settings(environ):
 
 # ---- SEARCH SPACE AND SCHEDULER: edit here -----------------------------------------------------------------
 def search_space(s):
-    """What each trial draws. Any TrainingArguments can be added: "warmup_ratio": tune.uniform(0, 0.2)"""
+    """What each trial draws. Fields of TrainingArguments fit, too: "warmup_ratio": tune.uniform(0, 0.2)"""
     return {
         "train_loop_config": {
             "lr": tune.loguniform(s.LR_LOWER, s.LR_UPPER),  # 5e-6 .. 2e-4: small changes matter at low rates
