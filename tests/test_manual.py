@@ -45,7 +45,7 @@ def test_a_combination_that_fails_is_named_and_the_losses_of_others_are_those_of
     assert first["config"] == {"lr": 0.01, "per_device_bs": 2, "wd": 0.01}
     assert [(r["event"], r["epoch"], r["training_iteration"]) for r in reports] == [("report", n, n) for n in (1, 2)]
     assert (ended["event"], ended["error"]) == ("trial_ended", None)
-    assert 0 < reports[0]["seconds"] < reports[1]["seconds"]
+    assert 0 < reports[0]["seconds"] <= reports[1]["seconds"]  # to a tenth of a second
     assert min(r["eval_loss"] for r in reports) == pytest.approx(float(row["eval_loss"]), abs=1e-5)
 
     # The same configuration, seed and number of workers in a search: one training definition, so the same loss.
