@@ -1,8 +1,4 @@
-"""Lets a script in one room import those of the others: `import rooms` before them.
-
-Each room that needs it has a link to this file, since Python looks for modules beside the script that it runs.
-"""
-
+"""`import rooms` first: then a script in one room can import those of the others. Each such room has a link to this."""
 import sys
 from pathlib import Path
 

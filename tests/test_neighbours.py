@@ -112,9 +112,11 @@ def test_a_cluster_without_trial_slots_is_told_so_at_once(hpo, monkeypatch):
     import ray
 
     monkeypatch.setattr(ray, "init", lambda *address, **options: None)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "memory": 1e9})
+    looks = []
+    monkeypatch.setattr(ray, "cluster_resources", lambda: looks.append(1) or {"CPU": 8.0, "memory": 1e9})
     with pytest.raises(SystemExit, match="ERROR: no node offers a trial_slot; start Ray as"):
-        hpo.join_cluster(hpo.read_settings({}))
+        hpo.join_cluster(hpo.read_settings({"WORKER_DEADLINE": "2"}))
+    assert len(looks) == 1  # not only at the deadline
 
 
 def test_only_a_lost_process_starts_again_not_one_that_could_not_be_made(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 REDRAWN = 60  # s between two drawings of a report, at least
+DRAWN = 300  # s that a drawing takes, at most
 SETTLED = 5  # s: before that, a log may begin with what the site prints, and a run folder be empty
 OPEN = ("running", "pending", "cut off")
 STYLES = {"running": "cyan", "stopped by ASHA": "dim", "FAILED": "red", "diverged": "red"}
@@ -115,8 +116,14 @@ def watch(text, folder=None):
         if folder:
             print("the job has ended; drawing its report", flush=True)
             if drawing:
-                drawing.wait()
-            return subprocess.run(draw, check=False).returncode
+                drawing.wait(DRAWN)
+            return subprocess.run(draw, check=False, timeout=DRAWN).returncode
     except KeyboardInterrupt:
         return 130
+    except subprocess.TimeoutExpired:
+        print(f"ERROR: the report could not be drawn within {DRAWN} s", file=sys.stderr)
+        return 2
+    finally:
+        if drawing and drawing.poll() is None:
+            drawing.kill()
     return 0
