@@ -1,9 +1,7 @@
 """Workarounds of libraries. Without this file, training on CPUs compiles an operator of DeepSpeed (a minute, once on
 each node) and cannot split a model (ZeRO-3); in fp16 a batch with padding can give NaN, and a trial that diverges
 fails instead of ending; and the models of a process's trials, which fast_trials.py reuses, fill its memory.
-
-Tried with DeepSpeed 0.19.8 and transformers 5.23.0 and 5.20.2.
-"""
+Tried with DeepSpeed 0.19.8 and transformers 5.23.0."""
 
 import math
 import os
