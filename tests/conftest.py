@@ -267,7 +267,8 @@ def left_by(*jobs):
     """What jobs have left behind: command lines of processes, also of one that has lost its mark, and folders."""
     found = pids(*(f" {role} {job}" for job in jobs for role in ("head", "worker")))
     found += [pid for job in jobs for pid in users_of(f"/tmp/ray_{job}.")]
-    return [command_of(pid) for pid in found] + [folder for job in jobs for folder in glob.glob(f"/tmp/ray_{job}.*")]
+    commands = filter(None, map(command_of, found))  # one without is about to be gone: its files are closed last
+    return [*commands, *(folder for job in jobs for folder in glob.glob(f"/tmp/ray_{job}.*"))]
 
 
 def nothing_is_left(cluster, *jobs, seconds=60):
