@@ -5,13 +5,25 @@
 #   sinfo                                   # head: 8 CPUs; worker1, worker2: 20 CPUs, 8 GPUs in name, feature v100
 #   bash tests/mini_slurm.sh down           # cancel all jobs, stop all daemons, remove the folder
 #
-# `up` writes nothing but the export line of SLURM_CONF to stdout; the log is on stderr. Jobs run on this machine as the
-# user who submits them; the CPUs and GPUs of the nodes are booked, not there. All files are in one folder,
-# MINI_SLURM_DIR (default: /tmp/mini_slurm.<uid>); several can be up at once, and a Slurm in /etc/slurm is not touched.
-# Root's serves all users, another user's only that user. MINI_SLURM_FIRST_JOB: the number of its first job (default:
-# after the last that has a log in this repository, so that no job writes into another's files).
+# `up` writes nothing but the export line of SLURM_CONF to stdout; the log is on stderr. Jobs run as the user who submits
+# them; the CPUs and GPUs of the nodes are booked, not there. All files are in one folder, MINI_SLURM_DIR (default:
+# /tmp/mini_slurm.<uid>); several can be up at once, and a Slurm in /etc/slurm is not touched. Root's serves all users,
+# another user's only that user. MINI_SLURM_FIRST_JOB: the number of its first job (default: after the last that has a
+# log in this repository, so that no job writes into another's files).
+#
+# Started by root where Linux lets it make namespaces, each node is a machine of its own: address, network, processes,
+# hostname, /tmp, /dev/shm, /etc/hosts. What a cluster shares they share: all folders but /tmp, and in it the repository
+# and those of MINI_SLURM_SHARED (between colons). Elsewhere all nodes are this machine. Machines can be troubled:
+#
+#   ... on worker1 COMMAND...               # run it on that node
+#   ... cut worker1 | heal worker1          # pull its network cable; plug it in again
+#   ... power-off worker1 | restart worker1 # all its processes end at once; it starts again, with an empty /tmp
+#   ... lag worker1 FOLDER SECONDS          # a shared folder as by NFS: what is known of a file, or that there is none,
+#                                           # is believed so long; package bindfs. Running jobs do not notice
+#   ... freeze | thaw                       # slurmctld answers nothing; it answers again
 set -euo pipefail
 
+REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 KILL_WAIT=5                             # seconds from SIGTERM to SIGKILL when a job is cancelled
 DIR=${MINI_SLURM_DIR:-/tmp/mini_slurm.$UID}
 PATH=$PATH:/usr/sbin:/sbin              # where the daemons are, and a normal user's PATH is not
@@ -47,15 +59,123 @@ free_ports() {      # prints four that nobody listens on, below those that the k
 }
 
 last_job() {        # the highest job id among the logs of this repository, or nothing
-    find "$(dirname "${BASH_SOURCE[0]}")/../experiments" -name '*-*.out' ! -name '*-local-*' 2>/dev/null |
+    find "$REPO/experiments" -name '*-*.out' ! -name '*-local-*' 2>/dev/null |
         sed -nE 's/.*-0*([0-9]{1,7})\.out$/\1/p' | sort -n | tail -n 1
 }
 
+# ---- Nodes as machines ------------------------------------------------------------------------------------------------
+NODES=(head worker1 worker2)            # with the addresses $NETWORK.2, .3 and .4; the machine outside is .1, login
+
+make_network() {    # sets NETWORK and BRIDGE of this sandbox; 1, and both empty: no namespaces or no bridge to be had
+    local i
+    NETWORK="" BRIDGE=""
+    (( EUID == 0 )) && unshare --net --uts --ipc --pid --mount --fork true 2>/dev/null || return 1
+    for (( i = 1; i < 255; i++ )); do
+        [[ ! -e /sys/class/net/ms$i ]] || continue
+        ip link add "ms$i" type bridge 2>/dev/null || { [[ -e /sys/class/net/ms$i ]] && continue; return 1; }
+        NETWORK=10.77.$i BRIDGE=ms$i
+        ip addr add "$NETWORK.1/24" dev "$BRIDGE"
+        ip link set "$BRIDGE" up
+        echo "$NETWORK $BRIDGE" >"$DIR/network"
+        return 0
+    done
+}
+
+known_network()     { NETWORK="" BRIDGE=""; [[ ! -s $DIR/network ]] || read -r NETWORK BRIDGE <"$DIR/network"; }
+on() {              # on NAME COMMAND...
+    NODE=$1
+    ! is_off || die "node $1 is off; mini_slurm.sh restart $1"
+    nsenter --target "$(<"$DIR/run/$1.init")" --net --uts --ipc --pid --mount -- "${@:2}"
+}
+has_booted()        { [[ -s $DIR/run/$NODE.init ]]; }
+is_off()            { [[ ! -d /proc/$(<"$DIR/run/$NODE.init") ]]; }
+
+start_node() {      # start_node NAME: a machine without slurmd
+    local i home=$DIR/nodes/$1
+    NODE=$1
+    rm -rf "$home" "$DIR/run/$1.init"
+    mkdir -p "$home"
+    mkdir -m 1777 "$home/tmp"
+    {
+        printf '127.0.0.1 localhost\n127.0.1.1 %s\n%s.1 login\n' "$1" "$NETWORK"    # its own name as in Debian's
+        for i in "${!NODES[@]}"; do [[ ${NODES[i]} == "$1" ]] || echo "$NETWORK.$(( i + 2 )) ${NODES[i]}"; done
+    } >"$home/hosts"
+    # Its first process: when that is killed, Linux ends all others of the machine.
+    # shellcheck disable=SC2016  # $1 and so on are those of the shell inside
+    setsid unshare --net --uts --ipc --pid --mount --fork bash -euc '
+        read -r pid _ </proc/self/stat      # as the machine outside counts
+        hostname "$1"
+        mount -t proc proc /proc
+        mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+        mount --bind "$2/hosts" /etc/hosts
+        IFS=:
+        for folder in $4; do
+            [[ -d $folder && $folder == /tmp/* ]] || continue
+            mkdir -p "$2/tmp/${folder#/tmp/}"
+            mount --rbind "$folder" "$2/tmp/${folder#/tmp/}"
+        done
+        mount --rbind "$2/tmp" /tmp
+        ip link set lo up
+        echo "$pid" >"$3/run/$1.init"
+        trap : TERM
+        while :; do sleep infinity & wait; done' \
+        node "$1" "$home" "$DIR" "$DIR:$REPO:${MINI_SLURM_SHARED:-}" </dev/null >>"$DIR/log/$1.err" 2>&1 9<&- &
+    await_up 10 "node $1 to start" has_booted
+    for i in "${!NODES[@]}"; do
+        [[ ${NODES[i]} == "$1" ]] || continue
+        ip link del "$BRIDGE-$1" 2>/dev/null || true            # that of a machine which is off
+        ip link add "$BRIDGE-$1" type veth peer name eth0 netns "$(<"$DIR/run/$1.init")"
+        ip link set "$BRIDGE-$1" master "$BRIDGE" up
+        on "$1" ip addr add "$NETWORK.$(( i + 2 ))/24" dev eth0
+        on "$1" ip link set eth0 up
+    done
+}
+
+start_slurmd() {    # start_slurmd NAME
+    local machine=()
+    [[ -z $NETWORK ]] || machine=(nsenter --target "$(<"$DIR/run/$1.init")" --net --uts --ipc --pid --mount --)
+    start "$1" "${machine[@]}" slurmd -D -f "$SLURM_CONF" -N "$1"
+}
+
+power_off() {       # power_off NAME
+    NODE=$1
+    kill -s KILL "$(<"$DIR/run/$1.init")" 2>/dev/null || true
+    await 10 is_off || die "node $1 does not go off"
+}
+
+lag() {             # lag NAME FOLDER SECONDS; 0: no longer
+    on "$1" umount -l "$2" 2>/dev/null || true
+    (( $3 == 0 )) || on "$1" bindfs -o "negative_timeout=$3,entry_timeout=$3,attr_timeout=$3" "$2" "$2"
+}
+
+trouble() {         # trouble VERB [NODE]...
+    check_folder
+    known_network
+    [[ $1 == freeze || $1 == thaw || -n $NETWORK ]] || die "$1: the nodes of $DIR are no machines of their own"
+    [[ $1 == freeze || $1 == thaw || " ${NODES[*]} " == *" ${2:-} "* ]] || die "$1 ${2:-}: name a node: ${NODES[*]}"
+    case $1 in
+        on)         on "${@:2}" ;;
+        cut)        ip link set "$BRIDGE-$2" down ;;
+        heal)       ip link set "$BRIDGE-$2" up ;;
+        power-off)  power_off "$2" ;;
+        restart)    power_off "$2"; start_node "$2"; start_slurmd "$2" ;;
+        lag)        lag "${@:2}" ;;
+        freeze)     kill -s STOP "$(<"$DIR/run/slurmctld.pid")" ;;
+        thaw)       kill -s CONT "$(<"$DIR/run/slurmctld.pid")" ;;
+    esac
+}
+
+# ---- Slurm -------------------------------------------------------------------------------------------------------------
 write_config() {
-    local ctld_port head_port worker1_port worker2_port i
-    local address="NodeHostname=localhost NodeAddr=127.0.0.1 RealMemory=512000"
-    local worker="CPUs=20 Weight=10 Gres=gpu:v100:8 Feature=v100"
-    read -r ctld_port head_port worker1_port worker2_port <<<"$(free_ports)"
+    local ports i controller=127.0.0.1
+    local address="NodeHostname=localhost NodeAddr=127.0.0.1"
+    local worker="RealMemory=512000 CPUs=20 Weight=10 Gres=gpu:v100:8 Feature=v100"
+    read -ra ports <<<"$(free_ports)"
+    local nodes=("$address Port=${ports[1]}" "$address Port=${ports[2]}" "$address Port=${ports[3]}")
+    if make_network; then
+        controller=$NETWORK.1
+        nodes=("NodeAddr=$NETWORK.2" "NodeAddr=$NETWORK.3" "NodeAddr=$NETWORK.4")
+    fi
     touch "$DIR/mini_slurm"             # marks the folder as ours
     chmod 755 "$DIR"
     mkdir "$DIR"/{munge,run,log,gpu,spool} "$DIR"/spool/{head,worker1,worker2}
@@ -74,8 +194,8 @@ write_config() {
     # fits is not kept waiting for half a minute by one that does not.
     cat >"$DIR/slurm.conf" <<END
 ClusterName=sandbox
-SlurmctldHost=localhost(127.0.0.1)
-SlurmctldPort=$ctld_port
+SlurmctldHost=localhost($controller)
+SlurmctldPort=${ports[0]}
 FirstJobId=${MINI_SLURM_FIRST_JOB:-$(($(last_job) + 1))}
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
@@ -83,7 +203,7 @@ AuthInfo=socket=$DIR/munge/socket
 StateSaveLocation=$DIR/state
 SlurmdSpoolDir=$DIR/spool/%n
 SlurmctldPidFile=$DIR/run/slurmctld.pid
-SlurmdPidFile=$DIR/run/%n.pid
+SlurmdPidFile=$DIR/run/slurmd-%n.pid
 MinJobAge=3600
 SchedulerParameters=bf_interval=1
 SelectType=select/cons_tres
@@ -96,9 +216,10 @@ ReturnToService=2
 KillWait=$KILL_WAIT
 BatchStartTimeout=60
 MessageTimeout=30
-NodeName=head $address Port=$head_port CPUs=8 Weight=1
-NodeName=worker1 $address Port=$worker1_port $worker
-NodeName=worker2 $address Port=$worker2_port $worker
+SlurmdTimeout=30
+NodeName=head ${nodes[0]} RealMemory=512000 CPUs=8 Weight=1
+NodeName=worker1 ${nodes[1]} $worker
+NodeName=worker2 ${nodes[2]} $worker
 PartitionName=batch Nodes=head,worker1,worker2 Default=YES MaxTime=INFINITE State=UP
 END
 }
@@ -131,7 +252,7 @@ start() {           # start NAME COMMAND...: in the background, in a session of 
 
 all_running() {     # does each daemon of this folder?
     local name pid
-    for name in munged slurmctld head worker1 worker2; do
+    for name in munged slurmctld "${NODES[@]}"; do
         pid=$(cat "$DIR/run/$name.pid" 2>/dev/null) && grep -qsF -- "$DIR/" "/proc/$pid/cmdline" || return 1
     done
 }
@@ -176,9 +297,12 @@ up() {
         await_up 20 "munged to answer" munge_answers
         start slurmctld slurmctld -D -f "$SLURM_CONF"
         await_up 30 "slurmctld to answer" slurmctld_answers
-        for name in head worker1 worker2; do start "$name" slurmd -D -f "$SLURM_CONF" -N "$name"; done
+        for name in "${NODES[@]}"; do
+            [[ -z $NETWORK ]] || start_node "$name"
+            start_slurmd "$name"
+        done
         await_up 30 "all nodes to be idle" nodes_usable
-        log "up in $DIR"
+        log "up in $DIR; the nodes are $([[ -n $NETWORK ]] && echo "machines at $NETWORK.2 to .4" || echo "this machine")"
     fi
     printf 'export SLURM_CONF=%q\n' "$SLURM_CONF"
 }
@@ -204,6 +328,11 @@ stop_everything() { # jobs first and in peace, then the daemons and whatever is 
         timeout 10 scancel --partition=batch || true
         await $(( KILL_WAIT + 5 )) no_jobs || log "some jobs do not end: killing them"
     fi
+    known_network
+    if [[ -n $NETWORK ]]; then
+        for NODE in "${NODES[@]}"; do [[ ! -s $DIR/run/$NODE.init ]] || power_off "$NODE"; done
+        ip link del "$BRIDGE" 2>/dev/null || true
+    fi
     signal_leftovers TERM
     await 3 no_leftovers || signal_leftovers KILL
     await 5 no_leftovers || die "these processes do not end: $(leftovers | tr '\n' ' ')"
@@ -223,6 +352,7 @@ main() {
     unset "${!SLURM_@}" "${!SBATCH_@}"  # of a job or a cluster that this shell may belong to
     case $* in
         up | down)          "$1" ;;
+        "on "* | "cut "* | "heal "* | "power-off "* | "restart "* | "lag "* | freeze | thaw) trouble "$@" ;;
         -h | --help | "")   usage ;;
         *)                  log "unknown argument: $*"; usage >&2; exit 2 ;;
     esac
