@@ -3,9 +3,8 @@
 # that it continues. Sourced by head_node_raytune_asha_hpo.slurm, after ray_job.sh.
 
 WORKER_JOBS=()                                         # ids of the worker jobs, in the order of their submission
-REPLACEMENTS=3                                         # worker jobs submitted for each node in place of ones that ended
-REPLACED=0 REPLACEMENT_TRIES=0                         # how many were; how often sbatch was asked, and may have refused
-FRUITLESS=0                                            # how many of them, one after the other, have left without joining
+REPLACED=0                                             # how many worker jobs were submitted in place of ones that ended
+FRUITLESS=0 REFUSED=0                                  # since one last joined: how many left before that; were refused
 declare -A ANNOUNCED=() ENDED=() TOLD=()               # workers that joined; that ended too early; reasons told
 QUEUE=""                                               # "job state reason" of the workers there, as of the last look
 NEXT_LOOK=0 NEXT_WRITE=0                               # seconds; when to look at the queue and at the disk again
@@ -178,6 +177,7 @@ tell_who_ended() {                                     # tell_who_ended JOB...: 
         if [[ -n ${ENDED[$job]:-} ]] || grep -q "^$job " <<<"$QUEUE"; then continue; fi
         ENDED[$job]=yes
         [[ -n ${ANNOUNCED[$job]:-} ]] || FRUITLESS=$((FRUITLESS + 1))
+        rm -f "$HEAD_DIR/joined-$job"
         cause=$(last_words "$job")
         say "worker job $job has ended before the search: $cause"
         tell_cost "$job" "$cause" || true
@@ -191,13 +191,10 @@ last_words() {                                         # of a worker job: its er
 
 announce_workers() {                                   # "worker 1/2 joined", once each
     local file job node cpus gpus slots words
-    for job in "${!ANNOUNCED[@]}"; do
-        is_told "joined-$job" || unset "ANNOUNCED[$job]"   # it has ended, or Slurm has requeued it
-    done
     for file in "$HEAD_DIR"/joined-*; do
         job=${file##*/joined-}
         [[ $job != "*" && -z ${ANNOUNCED[$job]:-} ]] || continue
-        ANNOUNCED[$job]=yes JOINED=yes SERVING=yes FRUITLESS=0
+        ANNOUNCED[$job]=yes JOINED=yes SERVING=yes FRUITLESS=0 REFUSED=0
         [[ " ${WORKER_JOBS[*]} " == *" $job "* ]] || WORKER_JOBS+=("$job")   # a user has submitted it: now it is ours
         read -r node cpus gpus slots words <"$file"
         say "worker ${#ANNOUNCED[@]}/${#WORKER_JOBS[@]} joined: job $job on $node, $words, $slots trial(s) at once"
@@ -205,11 +202,11 @@ announce_workers() {                                   # "worker 1/2 joined", on
     done
 }
 
-# Replaces workers that ended too early, REPLACEMENTS times for each node, unless a whole round of replacements has left
-# before it joined; their trials start again on others by themselves. 1: no worker can come any more, or none has served
-# for WORKER_DEADLINE seconds. If none has ever joined, that is the end.
+# Replaces workers that ended too early; their trials start again on others by themselves. But when one for each node has
+# left before it joined, the next would, too. 1: no worker can come any more, or none has served for WORKER_DEADLINE
+# seconds. If none has ever joined, that is the end.
 mind_workers() {
-    local job waited state most=$((REPLACEMENTS * WORKER_NODES)) what="another worker"
+    local job waited state more=yes what="another worker"
     [[ -n $JOINED ]] || what="the first worker to join"
     [[ -z $SERVING ]] || LAST_SERVED=$SECONDS NEXT_TOLD=10
     waited=$((SECONDS - LAST_SERVED))
@@ -229,31 +226,34 @@ mind_workers() {
         return 0
     fi
     tell_who_ended "${WORKER_JOBS[@]}"
-    ((FRUITLESS < WORKER_NODES)) || most=$REPLACEMENT_TRIES
-    if ((REPLACED < ${#ENDED[@]} && REPLACEMENT_TRIES < most)); then
+    ((FRUITLESS < WORKER_NODES && REFUSED < 3)) || more=""
+    if ((REPLACED < ${#ENDED[@]})) && [[ -n $more ]]; then
         state=$(state_of "$JOB") || return 0           # Slurm is busy: later
         if [[ $state != *" ${SLURM_RESTART_COUNT:-0}" || $state == @(PENDING|REQUEUE)* ]]; then
             say "Slurm has lost this job, and starts it again ($state); this head ends"
             return 1
         fi
     fi
-    while ((REPLACED < ${#ENDED[@]} && REPLACEMENT_TRIES < most)) && ! is_superseded; do
-        REPLACEMENT_TRIES=$((REPLACEMENT_TRIES + 1))
-        submit_worker || { say "sbatch refused to replace it (its message is above)"; break; }   # tried again
+    while ((REPLACED < ${#ENDED[@]})) && [[ -n $more ]] && ! is_superseded; do
+        if ! submit_worker; then                       # tried again at the next look
+            say "sbatch refused to replace it (its message is above)"
+            REFUSED=$((REFUSED + 1))
+            break
+        fi
         REPLACED=$((REPLACED + 1))
     done
     SERVING=""
     for job in "${WORKER_JOBS[@]}"; do
         [[ -z ${ANNOUNCED[$job]:-} ]] || ! grep -q "^$job RUNNING" <<<"$QUEUE" || SERVING=yes
     done
-    if ((${#ENDED[@]} == ${#WORKER_JOBS[@]} && REPLACEMENT_TRIES >= most)); then
-        say "no worker is left; $REPLACED have been replaced, the last $FRUITLESS left before they joined"
+    if ((${#ENDED[@]} == ${#WORKER_JOBS[@]})) && [[ -z $more ]]; then
+        say "no worker is left: $FRUITLESS in a row ended before they joined, $REFUSED were refused; see above why"
         return 1
     fi
 }
 
 cancel_workers() {                                     # cancel_workers [--state=PENDING]
-    ((${#WORKER_JOBS[@]} == 0)) || timeout 5 scancel --quiet "$@" "${WORKER_JOBS[@]}" 2>/dev/null
+    ((${#WORKER_JOBS[@]} == 0)) || timeout 5 scancel --quiet "$@" "${WORKER_JOBS[@]}" 2>/dev/null || true
 }
 
 release_workers() {                                    # the workers leave, and the log tells what they have cost
@@ -279,7 +279,7 @@ release_workers() {                                    # the workers leave, and 
 tell_cost() {                                          # tell_cost JOB [CAUSE]: of one that ended; 1: Slurm is busy
     local said seconds="" time='StartTime=([0-9T:-]+) EndTime=([0-9T:-]+)'
     said=$(PATIENCE=3 ask scontrol show job "$1") || [[ -n ${2:-} ]] || return 1
-    if [[ $said != *JobState=RUNNING* && $said =~ $time ]]; then
+    if [[ $said != *JobState=RUNNING* && $said =~ $time && ${BASH_REMATCH[1]} != "${BASH_REMATCH[2]}" ]]; then
         seconds=$(($(date -d "${BASH_REMATCH[2]}" +%s) - $(date -d "${BASH_REMATCH[1]}" +%s)))
         say "worker job $1 held its node for $seconds s, by Slurm's record"
     fi
