@@ -11,7 +11,7 @@ export ON_SLURM=""                                     # started by sbatch? Then
 on_slurm() { [[ -n $ON_SLURM ]]; }
 JOB=local-$(date +%m%d-%H%M%S)-$$
 ! on_slurm || JOB=$SLURM_JOB_ID
-RECORD="" AT="" TEE="" WATCH="" HEAD_ADDRESS="" HEAD_DIR=""   # not somebody else's variables of these names
+RECORD="" AT="" TEE="" WATCH="" RAY_TMP="" HEAD_ADDRESS="" HEAD_DIR=""   # not somebody else's variables of these names
 PATIENCE=60                                            # seconds for a controller that is too busy to answer
 
 # ---- The log ---------------------------------------------------------------------------------------------------------
@@ -232,8 +232,7 @@ prepare_ray() {                                        # environment, folder and
     # Unix sockets allow 107 characters, of which Ray needs about 60: a short folder, on a local disk, ours alone. Ray
     # opens its own folder to all users, so that one lies inside. What libraries leave behind goes with it.
     RAY_TMP=$(mktemp -d "/tmp/ray_$JOB.XXXX")
-    export TMPDIR=$RAY_TMP/tmp
-    mkdir "$TMPDIR"
+    mkdir "$RAY_TMP/tmp"
     RAY_LOG=$RUN_DIR/ray_$ROLE-$JOB.log
     : >"$RAY_LOG"
     watch_over
@@ -265,7 +264,8 @@ likely_cause() {                                       # Ray itself only says "o
 }
 
 owned() {                                              # run a command whose process tree end_owned can find
-    exec env HPO_OWNER="$RUN_DIR $ROLE $JOB" SPT_NOENV=1 "$@"   # else some of Ray's write their title over it
+    exec env HPO_OWNER="$RUN_DIR $ROLE $JOB" ${RAY_TMP:+"TMPDIR=$RAY_TMP/tmp"} \
+        SPT_NOENV=1 "$@"                               # else some of Ray's write their title over the environment
 }
 
 owned_pids() {
@@ -286,7 +286,7 @@ end_owned() {
         done
         deadline=$((SECONDS + 5))
     done
-    rm -rf "${RAY_TMP:-}"
+    [[ -z $RAY_TMP ]] || rm -rf "$RAY_TMP"
 }
 
 # Traps do not run when this shell is killed (kill -9, out of memory). Then a second one ends what it has started.
@@ -311,6 +311,6 @@ wait_until() {
             say "waiting for $what: $((SECONDS - start)) s of $limit s"
             next=$(((SECONDS - start) / 60 * 60 + 60))
         fi
-        sleep 0.2
+        { sleep 0.2; } 2>/dev/null                     # not bash's own line if a signal ends it
     done
 }

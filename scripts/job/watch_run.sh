@@ -229,7 +229,7 @@ mind_workers() {
     ((FRUITLESS < WORKER_NODES && REFUSED < 3)) || more=""
     if ((REPLACED < ${#ENDED[@]})) && [[ -n $more ]]; then
         state=$(state_of "$JOB") || return 0           # Slurm is busy: later
-        if [[ $state != *" ${SLURM_RESTART_COUNT:-0}" || $state == @(PENDING|REQUEUE)* ]]; then
+        if [[ $state != @(UNKNOWN|*" ${SLURM_RESTART_COUNT:-0}") || $state == @(PENDING|REQUEUE)* ]]; then
             say "Slurm has lost this job, and starts it again ($state); this head ends"
             return 1
         fi
