@@ -66,7 +66,7 @@ prepare_cluster() {                                    # prepare_cluster ADDRESS
     no_proxy=$(IFS=,; echo "${no_proxy:+$no_proxy,}localhost,127.0.0.1,$*")
     export no_proxy NO_PROXY=$no_proxy no_grpc_proxy=$no_proxy
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$HEAD_DIR/token"   # who cannot read the file cannot connect
-    # A node that does not answer for 18 s, its cable being out, say, is given up. For so long it may lose the head, too.
+    # A node that does not answer for 18 s, its cable being out, say, is given up. It bears to be without head as long.
     export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=2000 RAY_health_check_failure_threshold=6
     export RAY_gcs_rpc_server_reconnect_timeout_s=20
     export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0     # and at once when they are told to

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What the .slurm scripts share: log, record, the node's resources, starting Ray, and ending exactly what they started.
 # They set ROLE (head, worker, manual or save) and REPO (top of the repository) before they source this file, RUN_DIR
-# once there is a run folder, and HEAD_DIR, the folder in it of one start of a head and of its workers. It sets JOB: this
+# once there is a run folder, and HEAD_DIR, the folder in it of one start of a head and its workers. It sets JOB: this
 # job's name, unique on the cluster (Slurm job id, or local-...).
 
 # shellcheck source=SCRIPTDIR/environment.sh
@@ -11,7 +11,7 @@ export ON_SLURM=""                                     # started by sbatch? Then
 on_slurm() { [[ -n $ON_SLURM ]]; }
 JOB=local-$(date +%m%d-%H%M%S)-$$
 ! on_slurm || JOB=$SLURM_JOB_ID
-RECORD="" AT="" TEE="" WATCH="" RAY_TMP="" HEAD_ADDRESS="" HEAD_DIR=""   # not somebody else's variables of these names
+RECORD="" AT="" TEE="" WATCH="" RAY_TMP="" HEAD_ADDRESS="" HEAD_DIR=""   # not somebody else's variables
 PATIENCE=60                                            # seconds for a controller that is too busy to answer
 
 # ---- The log ---------------------------------------------------------------------------------------------------------
@@ -188,6 +188,10 @@ look_around() {                                        # was this job started as
                 "first srun --pty bash, or use sbatch"
         say "inside Slurm job $SLURM_JOB_ID, but not by sbatch: this node alone is used, and no jobs are submitted"
     fi
+}
+
+is_end() {                                             # is_end STATE: of state_of, one that no job comes back from?
+    [[ $1 =~ ^(UNKNOWN|BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_OF_ME|PREEMPTED|REVOKED|TIMEOUT) ]]
 }
 
 # ---- This node -------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ is_over() {                                            # is_over JOB: of the las
     [[ $1 =~ ^[0-9]+$ && $1 != "$JOB" ]] && command -v squeue >/dev/null || return 0
     state=$(state_of "$1" 60) || fail "RESUME=$RESUME: squeue does not say whether job $1 still works on this run;" \
         "try again when it answers"
-    [[ $state =~ ^(UNKNOWN|BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_OF_ME|PREEMPTED|REVOKED|TIMEOUT) ]]
+    is_end "$state"
 }
 
 # ---- The search ------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ sbatch_worker() {                                      # prints the job's id, wh
     local said left job="" tries=0 options=(--parsable --export=ALL)
     cd "$EXERCISE" || return 1
     # A worker's time is what is left of this job's: 1-02:03:04; or UNLIMITED, INVALID ...
-    left=$(ask squeue --noheader --jobs="$JOB" --Format=JobID:20,TimeLeft:20 | awk -v job="$JOB" '$1 == job { print $2 }')
+    left=$(ask squeue --noheader --jobs="$JOB" --Format=JobID:20,TimeLeft:20 | sed -nE "s/^$JOB +//p" | xargs)
     [[ ! $left =~ ^[0-9:-]+$ ]] || options+=(--time="$left")
     until said=$(timeout 60 sbatch "${options[@]}" worker_node_raytune_asha_hpo.slurm "$HEAD_DIR" "$JOB" 2>&1); do
         { is_busy "$said" && ((++tries < 10)); } || break
@@ -202,8 +202,8 @@ announce_workers() {                                   # "worker 1/2 joined", on
     done
 }
 
-# Replaces workers that ended too early; their trials start again on others by themselves. But when one for each node has
-# left before it joined, the next would, too. 1: no worker can come any more, or none has served for WORKER_DEADLINE
+# Replaces workers that ended too early; their trials start again on others by themselves. But once one for each node
+# has left before it joined, the next would, too. 1: no worker can come any more, or none has served for WORKER_DEADLINE
 # seconds. If none has ever joined, that is the end.
 mind_workers() {
     local job waited state more=yes what="another worker"
