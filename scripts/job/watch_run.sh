@@ -9,6 +9,7 @@ declare -A ANNOUNCED=() ENDED=() TOLD=()               # workers that joined; th
 QUEUE=""                                               # "job state reason" of the workers there, as of the last look
 NEXT_LOOK=0 NEXT_WRITE=0                               # seconds; when to look at the queue and at the disk again
 JOINED="" SERVING=""                                   # has any worker joined yet? was one serving at the last look?
+HANDED_OVER=""                                         # does another start of a head go on with this run?
 LAST_SERVED=0 NEXT_TOLD=10                             # seconds: when one last served; waited until a line tells
 
 # ---- Which run is it? ------------------------------------------------------------------------------------------------
@@ -63,6 +64,7 @@ watch_search() {                                       # until the search ends; 
 run_can_go_on() {
     if is_superseded; then
         say "this run has been started again elsewhere (see head-* in $RUN_DIR), so this head ends"
+        HANDED_OVER=yes
         return 1
     elif ! kill -0 "$RAY" 2>/dev/null; then
         say "the Ray head ended$(likely_cause); its last words are in $RAY_LOG"
@@ -231,6 +233,7 @@ mind_workers() {
         state=$(state_of "$JOB") || return 0           # Slurm is busy: later
         if [[ $state != @(UNKNOWN|*" ${SLURM_RESTART_COUNT:-0}") || $state == @(PENDING|REQUEUE)* ]]; then
             say "Slurm has lost this job, and starts it again ($state); this head ends"
+            HANDED_OVER=yes
             return 1
         fi
     fi
