@@ -9,7 +9,8 @@ declare -A ANNOUNCED=() ENDED=() TOLD=()               # workers that joined; th
 QUEUE=""                                               # "job state reason" of the workers there, as of the last look
 NEXT_LOOK=0 NEXT_WRITE=0                               # seconds; when to look at the queue and at the disk again
 JOINED="" SERVING=""                                   # has any worker joined yet? was one serving at the last look?
-HANDED_OVER=""                                         # does another start of a head go on with this run?
+HANDED_OVER=""
+handed_over() { [[ -n $HANDED_OVER ]]; }               # does another start of a head go on with this run?
 LAST_SERVED=0 NEXT_TOLD=10                             # seconds: when one last served; waited until a line tells
 
 # ---- Which run is it? ------------------------------------------------------------------------------------------------
