@@ -51,6 +51,7 @@ finish() {                                             # first the script's own 
     local status=$?
     trap '' TERM INT HUP                               # a second signal must not cut the clean-up short
     set +e
+    disown -a                                          # else bash reports in the log what a signal has ended
     PATIENCE=3                                         # Slurm kills what is still there 30 s (KillWait) after TERM
     ! declare -F before_finish >/dev/null || before_finish "$status"
     end_owned
@@ -281,7 +282,7 @@ owned_pids() {
 end_owned() {
     [[ -z $WATCH ]] || kill -s KILL "$WATCH" 2>/dev/null
     local pids signal deadline=$((SECONDS + 2))
-    disown -a                                          # else bash reports each of them as "Killed" in the log
+    disown -a
     for signal in TERM KILL; do
         while pids=$(owned_pids) && [[ -n $pids ]] && ((SECONDS < deadline)); do
             # shellcheck disable=SC2086  # one word a process
