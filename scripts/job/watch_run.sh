@@ -257,11 +257,11 @@ mind_workers() {
 }
 
 cancel_workers() {                                     # cancel_workers [--state=PENDING]
-    ((${#WORKER_JOBS[@]} == 0)) || timeout 5 scancel --quiet "$@" "${WORKER_JOBS[@]}" 2>/dev/null || true
+    ((${#WORKER_JOBS[@]} == 0)) || timeout 3 scancel --quiet "$@" "${WORKER_JOBS[@]}" 2>/dev/null || true
 }
 
-release_workers() {                                    # the workers leave, and the log tells what they have cost
-    local job deadline=$((SECONDS + 12))
+release_workers() {                                    # within SECONDS, and the log tells what they have cost
+    local job deadline=$((SECONDS + $1))
     ((${#WORKER_JOBS[@]} > 0)) || return 0
     touch "$HEAD_DIR/shutdown.txt"
     cancel_workers --state=PENDING
