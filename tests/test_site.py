@@ -235,7 +235,7 @@ def test_what_a_worker_has_cost_is_asked_once_and_not_of_a_busy_slurm(tmp_path):
     """A record that is gone does not hide the others; a controller that does not answer is not waited for."""
     for answer, said in {"Invalid job id specified": ["6"], "Socket timed out on send/recv": []}.items():
         scontrol = f"[[ $3 == 6 ]] && {RECORD} && exit; echo '{answer}' >&2; exit 1"
-        found = head(tmp_path, "WORKER_JOBS+=(6); release_workers", scontrol=scontrol, squeue="exit 0")
+        found = head(tmp_path, "WORKER_JOBS+=(6); release_workers 3", scontrol=scontrol, squeue="exit 0")
         assert found == (0, [f"worker job {job} held its node for 90 s, by Slurm's record" for job in said])
     (ended,) = events_of(tmp_path)
     assert ended | {"event": "worker_ended", "job": "6", "seconds": 90} == ended and "cause" not in ended
