@@ -224,6 +224,7 @@ on_node() {                                                  # on_node ROLE FOLD
             failed "jobs cannot be submitted from this node: $(last "$said")" "PATH $IN_SITE, or ask your site"
         fi
     fi
+    own_folder
     check_packages || exit 1
     prepare_ray
     check_address
@@ -314,7 +315,7 @@ main() {
     check_slurm
     if ! said=$(mkdir -p "$EXERCISE/runs" 2>&1 && mktemp -d "$EXERCISE/runs/check_site.XXXX" 2>&1); then
         failed "run folder: $(last "$said")" "clone the repository where you may write, or make room there"
-    elif RUN_DIR=$said && check_packages; then
+    elif RUN_DIR=$said && own_folder && check_packages; then
         if [[ -n $SLURM ]]; then
             for file in "$HEAD" "$WORKER" "$REPO"/experiments/manual/*.slurm; do check_job_file "$file"; done
             check_inputs

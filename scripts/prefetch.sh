@@ -24,8 +24,13 @@ case ${1:-} in
 esac
 (($# <= 1)) || fail "$*: give one folder, in quotes if its name has spaces"
 FOLDER=$(realpath -m -- "${1:-$REPO/prefetched}")
-[[ ! -x $REPO/.venv/bin/python ]] || PATH=$REPO/.venv/bin:$PATH
-command -v python >/dev/null || fail "no python found; run: bash scripts/setup_env.sh"
+set +eu                                                      # conda and modules break under it
+# shellcheck source=SCRIPTDIR/../experiments/site.sh
+source "$REPO/experiments/site.sh"                           # the environment of the jobs
+set -eu
+# shellcheck source=SCRIPTDIR/job/environment.sh
+source "$REPO/scripts/job/environment.sh"
+choose_python
 unset RESUME                                                 # of a run that is to be continued; it has its own settings
 export ON_SLURM=later                                        # trials will run on Slurm's nodes: not too large for this one
 

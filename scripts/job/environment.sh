@@ -28,13 +28,12 @@ done
 export PYTHONNOUSERSITE=1
 
 check_container() {                                    # what a run needs of it beyond the packages
-    local file said look='import os, sys; os.stat(sys.argv[1]); print(os.readlink("/proc/self/ns/pid"))'
-    file=$(mktemp /tmp/container.XXXX)
-    said=$(python -c "$look" "$file" 2>&1 | tail -n 1) || true
-    rm -f "$file"
-    [[ $said == "$(readlink /proc/self/ns/pid)" ]] ||
-        fail "CONTAINER=$CONTAINER: inside are not the same /tmp, $REPO and process ids ($said);" \
-            "see \"In a container\" in INSTRUCTORS.md"
+    local same said look='import os, sys; os.stat(sys.argv[1]); print(input(), *map(os.readlink, sys.argv[2:]))'
+    same="stdin $(readlink /proc/self/ns/pid) $(readlink /proc/self/ns/net)"
+    said=$(python -c "$look" "$REPO" /proc/self/ns/{pid,net} <<<stdin 2>&1 | tail -n 1) || true
+    [[ $said == "$same" ]] ||
+        fail "CONTAINER=$CONTAINER: inside are not the same /tmp, $REPO, standard input, network and process ids" \
+            "($said); see \"In a container\" in INSTRUCTORS.md"
 }
 
 choose_python() {                                      # of the container, the repository's .venv, or the active one

@@ -45,6 +45,15 @@ frame_the_log() {                                      # START now, FINISH in ev
     trap 'exit 130' INT
     trap 'exit 129' HUP                                # the terminal was closed
     banner START
+    own_folder
+}
+
+# Unix sockets allow 107 characters, of which Ray needs about 60: a short folder, on a local disk, ours alone. Ray opens
+# its own folder to all users, so that one lies inside. What libraries leave behind goes with it.
+own_folder() {
+    RAY_TMP=$(mktemp -d "/tmp/ray_$JOB.XXXX")
+    export RAY_TMP                                     # for container/python
+    mkdir "$RAY_TMP/tmp"
 }
 
 finish() {                                             # first the script's own before_finish STATUS, if it has one
@@ -231,13 +240,9 @@ measure_node() {                                       # sets SLOTS (trials at o
 }
 
 # ---- Ray -------------------------------------------------------------------------------------------------------------
-prepare_ray() {                                        # environment, folder and log of this job's Ray processes
+prepare_ray() {                                        # environment and log of this job's Ray processes
     prepare_cluster "$(node_address)" ${HEAD_ADDRESS:+"${HEAD_ADDRESS%:*}"}
     prepare_training
-    # Unix sockets allow 107 characters, of which Ray needs about 60: a short folder, on a local disk, ours alone. Ray
-    # opens its own folder to all users, so that one lies inside. What libraries leave behind goes with it.
-    RAY_TMP=$(mktemp -d "/tmp/ray_$JOB.XXXX")
-    mkdir "$RAY_TMP/tmp"
     RAY_LOG=$RUN_DIR/ray_$ROLE-$JOB.log
     : >"$RAY_LOG"
     watch_over
