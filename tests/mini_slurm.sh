@@ -141,7 +141,7 @@ on() {              # on NAME COMMAND...
 }
 
 lag() {             # lag NAME FOLDER SECONDS; 0: no longer
-    on "$1" umount -l "$2" 2>/dev/null || true
+    ! on "$1" grep -q " $2 fuse" /proc/mounts || on "$1" umount -l "$2"
     (( $3 == 0 )) || on "$1" bindfs -o "negative_timeout=$3,entry_timeout=$3,attr_timeout=$3" "$2" "$2"
 }
 
@@ -156,7 +156,9 @@ trouble() {         # trouble VERB [NODE]...
         cut)        at_switch ip link set "$2" down ;;
         heal)       at_switch ip link set "$2" up ;;
         power-off)  power_off "$2" ;;
-        restart)    power_off "$2"; start_machine "$2" "$address" ;;
+        restart)    power_off "$2"          # and tell Slurm that its jobs are gone: it would not ask for a minute
+                    timeout 5 scontrol update nodename="$2" state=down reason="was off" || true
+                    start_machine "$2" "$address" ;;
         lag)        lag "${@:2}" ;;
         freeze)     kill -s STOP "$(<"$DIR/run/slurmctld.pid")" ;;
         thaw)       kill -s CONT "$(<"$DIR/run/slurmctld.pid")" ;;
@@ -167,14 +169,14 @@ trouble() {         # trouble VERB [NODE]...
 write_config() {
     local ports i controller=127.0.0.1 worker="RealMemory=512000 CPUs=20 Weight=10 Gres=gpu:v100:8 Feature=v100"
     local at=("127.0.0.1 NodeHostname=localhost"{,,})       # head, worker1, worker2
+    touch "$DIR/mini_slurm"             # marks the folder as ours
+    chmod 755 "$DIR"
     read -ra ports <<<"$(free_ports)"
     NETWORK=""
     if take_network; then
         echo "$DIR:$REPO:${MINI_SLURM_SHARED:-}" >"$DIR/shared"
         controller=10.77.$NETWORK.254 at=("10.77.$NETWORK".{2,3,4})
     fi
-    touch "$DIR/mini_slurm"             # marks the folder as ours
-    chmod 755 "$DIR"
     mkdir "$DIR"/{munge,run,log,gpu,spool} "$DIR"/spool/{head,worker1,worker2}
     mkdir -m 700 "$DIR/state"
     (umask 077; head -c 256 /dev/urandom >"$DIR/munge/key")
