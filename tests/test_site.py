@@ -41,7 +41,9 @@ def stand_in(folder, **commands):
 
 def head(folder, commands, **stand_ins):
     """The same with these commands in place of others, for a run in this folder whose only worker is job 5."""
-    run = f"EXERCISE={folder} RUN_DIR={folder} RECORD={folder}/events.jsonl WORKER_NODES=1 WORKER_JOBS=(5)"
+    (folder / "head-1").mkdir(exist_ok=True)
+    run = f"EXERCISE={folder} RUN_DIR={folder} HEAD_DIR={folder}/head-1 RECORD={folder}/events.jsonl"
+    run += " WORKER_NODES=1 WORKER_JOBS=(5)"
     status, lines = shell(f"{run} WORKER_DEADLINE=20; {commands}", PATH=stand_in(folder, **stand_ins))
     return status, [line.split(" | ")[-1] for line in lines]
 
@@ -168,7 +170,7 @@ def test_one_job_is_submitted_whatever_sbatch_answers(slurm, course, tmp_path, a
     path = stand_in(tmp_path, sbatch=answer.replace("SUBMIT", f'{shutil.which("sbatch")} --hold "$@"'))
     run_dir = course / "runs/a run"
     run_dir.mkdir(parents=True)
-    commands = f'EXERCISE={course} RUN_DIR="{run_dir}" WORKER_NODES=1; submit_worker; echo "${{WORKER_JOBS[@]}}"'
+    commands = f'EXERCISE={course} HEAD_DIR="{run_dir}/head-1" WORKER_NODES=1; submit_worker; echo "${{WORKER_JOBS[@]}}"'
     found, lines = shell(commands, **slurm | {"PATH": path})
     jobs = subprocess.check_output(["squeue", "--noheader", "--format=%i"], env=slurm, text=True).split()
     subprocess.run(["scancel", *jobs], env=slurm, check=False)
@@ -179,7 +181,7 @@ def test_a_slurm_that_stays_silent_is_asked_again_and_a_wrong_question_is_not(tm
     first = 'touch $0.asked; echo "Unable to contact slurm controller (connect failure)" >&2; exit 1'
     path = stand_in(tmp_path, scontrol=f"[[ -e $0.asked ]] || {{ {first}; }}; echo yes")
     assert shell("ask scontrol show job 1", PATH=path) == (0, ["yes"])
-    path = stand_in(tmp_path, scontrol="echo >>$0.calls; echo 'Invalid job id specified' >&2; exit 1")
+    path = stand_in(tmp_path, scontrol="echo >>$0.calls; echo 'Access/permission denied' >&2; exit 1")
     assert shell("ask scontrol show job 1", PATH=path) == (1, [])
     assert (tmp_path / "bin/scontrol.calls").read_text() == "\n"
 
@@ -197,9 +199,11 @@ def test_the_address_of_a_node_is_one_that_others_reach(tmp_path, node_addr, hos
 
 
 @pytest.mark.parametrize("squeue, job, status, said", [
-    ("echo 7; seq 100000 200000", "7", 1, "ERROR: RESUME=.*/runs/7: job 7 still works on this run; wait for its end"),
-    ("echo 'Invalid user' >&2; exit 1", "7", 1, "squeue does not say whether job 7 still works .*; if it does not, rm"),
-    ("echo 8", "7", 0, None),
+    ("echo 7 RUNNING 0", "7", 1, "ERROR: RESUME=.*/runs/7: job 7 still works on this run; wait for its end"),
+    ("echo 6 COMPLETED 0; echo 7 PENDING 1", "7", 1, "ERROR: .* still works"),  # 6 is another job of its array
+    ("echo 'Invalid user' >&2; exit 1", "7", 1, "squeue does not say whether job 7 still works .*; try again when"),
+    ("echo 7 CANCELLED 0; echo 6 RUNNING 0", "7", 0, None),
+    ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "7", 0, None),  # Slurm has forgotten it
     ("echo 8", None, 0, None),  # a run without the file that names its job
 ])  # fmt: skip
 @pytest.mark.parametrize("given", ["runs/7", "{0}/runs/7/", "{0}/scratch/7"])
@@ -208,13 +212,13 @@ def test_a_run_is_continued_only_if_no_job_works_on_it(tmp_path, squeue, job, st
     run = tmp_path / "scratch/7"
     run.mkdir(parents=True)
     (tmp_path / "runs").symlink_to("scratch")
-    (run / "shutdown.txt").touch()
-    if job:
-        (run / "job").write_text(job)
+    for number, name in ((2, "5"), (9, "6"), (10, job)):
+        (run / f"head-{number}").mkdir()
+        if name:
+            (run / f"head-{number}/job").write_text(name)
     which = f'EXERCISE={tmp_path}; which_run; [[ $RESUME == "{tmp_path}/runs/7" ]]'
     found, lines = shell(which, PATH=stand_in(tmp_path, squeue=squeue), RESUME=given.format(tmp_path))
     assert found == status and (re.search(said, lines[-1]) if said else lines == [])
-    assert (run / "shutdown.txt").exists() == (status == 1)  # else the workers of the run would leave at once
 
 
 def test_a_folder_that_is_not_of_this_exercise_is_not_continued(tmp_path):
@@ -246,9 +250,9 @@ PENDING = "echo 5 PENDING Resources"
     ("SECONDS=21", PENDING, 1, [r"ERROR: waited 20 s \(WORKER_DEADLINE\) for the first worker to join; giving up"]),
     (":", "exit 0", 1, ["ERROR: no worker joined and none is queued; the last one says: ERROR: no python found"]),
     ("JOINED=yes; SECONDS=21", PENDING, 3, [r"ERROR: waited 20 s \(WORKER_DEADLINE\) for another worker; giving up"]),
-    ("JOINED=yes; REPLACED=3 REPLACEMENT_TRIES=3", "exit 0", 3, [
+    ("JOINED=yes; REPLACED=0", "exit 0", 3, [
         "worker job 5 has ended before the search: ERROR: no python found", "worker job 5 held its node for 90 s, .*",
-        "no worker is left, and 3 have been replaced already"]),
+        "no worker is left: 1 in a row ended before they joined, 0 were refused; see above why"]),
     ("JOINED=yes; NEXT_LOOK=0; mind_workers", PENDING, 0, ["worker job 5 is PENDING: .*"]),  # told once
 ])  # fmt: skip
 def test_what_a_run_says_of_its_workers(tmp_path, state, squeue, status, said):
@@ -267,7 +271,7 @@ def test_a_replacement_that_is_refused_is_tried_again_at_the_next_look(tmp_path)
     refused = '[[ -e $0.asked ]] && { echo 6; exit; }; touch $0.asked; echo "Job limit reached" >&2; exit 1'
     squeue = '[[ -e ${0%/*}/sbatch.asked ]] && echo "6 RUNNING None"; exit 0'
     look = "NEXT_LOOK=0; mind_workers || echo the end"
-    status, lines = head(tmp_path, f"JOINED=yes; {look}; {look}", sbatch=refused, squeue=squeue)
+    status, lines = head(tmp_path, f"ANNOUNCED[5]=yes JOINED=yes; {look}; {look}", sbatch=refused, squeue=squeue)
     assert status == 0 and [line.split(":")[0] for line in lines] == [
         "worker job 5 has ended before the search", "Job limit reached",
         "sbatch refused to replace it (its message is above)", "submitted worker 2/2"]  # fmt: skip
@@ -285,16 +289,38 @@ def test_near_its_time_limit_a_run_says_so_and_how_to_continue(tmp_path, state, 
     assert f"continue with: RESUME=runs/{tmp_path.name} sbatch {HEAD}" in lines[-1]
 
 
-def test_a_worker_that_slurm_requeues_joins_once_more(tmp_path):
-    joins = "publish joined-5 <<<'{} 20 8 4 20 CPUs, 8 GPUs (NVIDIA \"A100\"), bf16'; announce_workers"
-    away = "rm $RUN_DIR/joined-5; announce_workers; echo away"
-    _, lines = head(tmp_path, f"{joins.format('n1')}; announce_workers; {away}; {joins.format('n2')}")
+def test_a_worker_that_joins_is_announced_once(tmp_path):
     words = '20 CPUs, 8 GPUs (NVIDIA "A100"), bf16'
-    first, second = (f"worker 1/1 joined: job 5 on n{n}, {words}, 4 trial(s) at once" for n in (1, 2))
-    assert lines == [first, "away", second]
+    _, lines = head(tmp_path, f"publish joined-5 <<<'n1 20 8 4 {words}'; announce_workers; announce_workers")
+    assert lines == [f"worker 1/1 joined: job 5 on n1, {words}, 4 trial(s) at once"]
     fields = {"job": "5", "node": "n1", "cpus": 20, "gpus": 8, "precision": "bf16", "slots": 4, "words": words}
-    one, two = events_of(tmp_path, "worker_joined")
-    assert one == one | fields and two["node"] == "n2"
+    (joined,) = events_of(tmp_path, "worker_joined")
+    assert joined == joined | fields
+
+
+def test_a_head_that_has_been_started_again_elsewhere_ends_itself(tmp_path):
+    """It submits nothing and records nothing more. Of two starts the later one is the run's; 10 is later than 9."""
+    for number in (9, 10):
+        (tmp_path / f"head-{number}").mkdir()
+    start = "HEAD_DIR=$RUN_DIR/head-{}; RAY=$$; record forecast text x; run_can_go_on || exit 3; echo on"
+    status, (line,) = head(tmp_path, start.format(9), sbatch="echo 6", squeue="exit 0")
+    assert status == 3 and line.startswith("this run has been started again elsewhere")
+    assert not (tmp_path / "events.jsonl").exists()
+    assert head(tmp_path, start.format(10), squeue="echo 5 RUNNING None") == (0, ["on"]) and events_of(tmp_path)
+
+
+@pytest.mark.parametrize("squeue, said", [
+    ("echo 7 PENDING 1", "Slurm has lost this job, and starts it again .PENDING 1.; this head ends"),
+    ("echo 7 RUNNING 1", "Slurm has lost this job, and starts it again .RUNNING 1.; this head ends"),
+    ("echo 6 PENDING 1; echo 7 RUNNING 0", "submitted worker 2/2: job 6, .*"),
+])  # fmt: skip
+def test_a_head_that_slurm_has_lost_submits_no_workers(tmp_path, squeue, said):
+    """Its own have left then. Another job of its array may have other states."""
+    answer = f'[[ $* == *RestartCnt* ]] || exit 0; {squeue}'
+    status, lines = head(tmp_path, "JOB=7; ANNOUNCED[5]=yes JOINED=yes; mind_workers || exit 3", squeue=answer,
+                         sbatch="echo 6", scontrol="exit 0")  # fmt: skip
+    assert re.fullmatch(said, lines[-1]), lines
+    assert status == (0 if "submitted" in said else 3)
 
 
 # ---- The record --------------------------------------------------------------------------------------------

@@ -65,8 +65,10 @@ prepare_training() {                                   # every process that trai
 prepare_cluster() {                                    # prepare_cluster ADDRESS...: Ray's processes; no proxy to these
     no_proxy=$(IFS=,; echo "${no_proxy:+$no_proxy,}localhost,127.0.0.1,$*")
     export no_proxy NO_PROXY=$no_proxy no_grpc_proxy=$no_proxy
-    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$RUN_DIR/token"   # who cannot read the file cannot connect
-    export RAY_gcs_rpc_server_reconnect_timeout_s=10   # workers leave soon after a head that died
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$HEAD_DIR/token"   # who cannot read the file cannot connect
+    # A node that does not answer for 18 s, its cable being out, say, is given up. For so long it may lose the head, too.
+    export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=2000 RAY_health_check_failure_threshold=6
+    export RAY_gcs_rpc_server_reconnect_timeout_s=20
     export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0     # and at once when they are told to
     export RAY_SCHEDULER_EVENTS=0 RAY_USAGE_STATS_ENABLED=0           # nothing in the log that is not for students
     export DASHBOARD_METRIC_PORT=-1 RAY_enable_metrics_collection=0   # no ports: these would ask nobody for the token

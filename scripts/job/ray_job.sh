@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # What the .slurm scripts share: log, record, the node's resources, starting Ray, and ending exactly what they started.
-# They set ROLE (head, worker, manual or save) and REPO (top of the repository) before they source this file, and
-# RUN_DIR once there is a run folder. It sets JOB: this job's name, unique on the cluster (Slurm job id, or local-...).
+# They set ROLE (head, worker, manual or save) and REPO (top of the repository) before they source this file, RUN_DIR
+# once there is a run folder, and HEAD_DIR, the folder in it of one start of a head and of its workers. It sets JOB: this
+# job's name, unique on the cluster (Slurm job id, or local-...).
 
 # shellcheck source=SCRIPTDIR/environment.sh
 source "$REPO/scripts/job/environment.sh"
@@ -10,7 +11,8 @@ export ON_SLURM=""                                     # started by sbatch? Then
 on_slurm() { [[ -n $ON_SLURM ]]; }
 JOB=local-$(date +%m%d-%H%M%S)-$$
 ! on_slurm || JOB=$SLURM_JOB_ID
-RECORD="" AT="" TEE="" WATCH="" HEAD_ADDRESS=""        # not somebody else's variables of these names
+RECORD="" AT="" TEE="" WATCH="" HEAD_ADDRESS="" HEAD_DIR=""   # not somebody else's variables of these names
+PATIENCE=60                                            # seconds for a controller that is too busy to answer
 
 # ---- The log ---------------------------------------------------------------------------------------------------------
 open_log() {                                           # open_log logs/NAME: sets LOG, the file of --output
@@ -49,6 +51,7 @@ finish() {                                             # first the script's own 
     local status=$?
     trap '' TERM INT HUP                               # a second signal must not cut the clean-up short
     set +e
+    PATIENCE=3                                         # Slurm kills what is still there 30 s (KillWait) after TERM
     ! declare -F before_finish >/dev/null || before_finish "$status"
     end_owned
     banner FINISH
@@ -72,7 +75,31 @@ new_folder() {                                         # new_folder HERE: prints
 }
 
 publish() {                                            # publish NAME: its input as a file, whole from the beginning
-    { cat >"$RUN_DIR/.$1" && mv "$RUN_DIR/.$1" "$RUN_DIR/$1"; } 2>/dev/null || fail "$(no_room "$RUN_DIR")"
+    { cat >"$HEAD_DIR/.$1" && mv "$HEAD_DIR/.$1" "$HEAD_DIR/$1"; } 2>/dev/null || fail "$(no_room "$RUN_DIR")"
+}
+
+# What one node tells the other by a file in HEAD_DIR. A network file system that has been asked for a file believes for
+# up to a minute that there is none. So nobody asks for it by name before it is in the listing of its folder.
+is_told() {                                            # is_told NAME
+    local file
+    for file in "$HEAD_DIR"/*; do [[ ${file##*/} != "$1" ]] || return 0; done
+    return 1
+}
+
+LOOKED_AFRESH=""
+look_afresh() {                                        # NFS keeps a listing, too, until this node changes the folder
+    [[ $LOOKED_AFRESH == "$SECONDS" ]] || { : >"$HEAD_DIR/.look-$JOB" && rm -f "$HEAD_DIR/.look-$JOB"; } 2>/dev/null
+    LOOKED_AFRESH=$SECONDS
+}
+
+# A head that Slurm has lost, and therefore started again elsewhere, may be alive: the run is that of the latest start.
+is_superseded() {                                      # is there a later head-N than HEAD_DIR?
+    local other
+    [[ -n $HEAD_DIR ]] || return 1
+    for other in "$RUN_DIR"/head-*; do
+        ((${other##*-} <= ${HEAD_DIR##*-})) || return 0
+    done
+    return 1
 }
 
 begin_record() {                                       # begin_record KIND: from now on this job adds to it
@@ -89,7 +116,7 @@ begin_record() {                                       # begin_record KIND: from
 # record EVENT [NAME VALUE]...: one line, in one write, with the time AT or now. A value is text; that of a NAME: with a
 # colon is JSON already, such as a number. If the disk is full, this line is lost and nothing else.
 record() {
-    [[ -n $RECORD ]] || return 0
+    [[ -n $RECORD ]] && ! is_superseded || return 0
     local name value code line
     line="{\"time\": \"$(date -u ${AT:+-d "@$AT"} +%Y-%m-%dT%H:%M:%S.%3NZ)\", \"event\": \"$1\""
     shift
@@ -118,14 +145,26 @@ record_worker() {                                      # record_worker JOB NODE 
 recorded() { grep -q "\"event\": \"$1\"" "$2/events.jsonl" 2>/dev/null; }   # recorded EVENT RUN_FOLDER
 
 # ---- Slurm -----------------------------------------------------------------------------------------------------------
-# ask COMMAND...: what squeue or scontrol answers. A controller that is too busy to answer is asked again for a minute.
+# ask COMMAND...: what squeue or scontrol answers. A controller that is too busy to answer is asked again for PATIENCE
+# seconds. That it knows a job no more is an answer, too.
 ask() {
-    local answer deadline=$((SECONDS + 60))
-    until answer=$("$@" 2>&1); do
-        is_busy "$answer" && ((SECONDS < deadline)) || return 1
-        sleep 3
+    local answer status deadline=$((SECONDS + PATIENCE))
+    until answer=$(timeout $((PATIENCE < 10 ? PATIENCE : 10)) "$@" 2>&1); do
+        status=$?
+        [[ $answer != *"Invalid job id"* ]] || break
+        { ((status == 124)) || is_busy "$answer"; } && ((SECONDS < deadline)) || return 1
+        sleep 1
     done
     printf '%s\n' "$answer"
+}
+
+# state_of JOB [PATIENCE]: its state and how often Slurm has started it again, say "RUNNING 0"; "UNKNOWN" if Slurm knows
+# it no more. 1: no answer. Asked by its number: squeue's %i is another name for a job of an array, or for its part.
+state_of() {
+    local said
+    said=$(PATIENCE=${2:-3} ask squeue --noheader --jobs="$1" --states=all --Format=JobID:20,State:20,RestartCnt:9) ||
+        return 1
+    awk -v job="$1" '$1 == job { state = $2 " " $3 } END { print state ? state : "UNKNOWN" }' <<<"$said"
 }
 
 # Slurm's words, and those of its libraries, for a controller that does not get to it.
@@ -191,8 +230,10 @@ prepare_ray() {                                        # environment, folder and
     prepare_cluster "$(node_address)" ${HEAD_ADDRESS:+"${HEAD_ADDRESS%:*}"}
     prepare_training
     # Unix sockets allow 107 characters, of which Ray needs about 60: a short folder, on a local disk, ours alone. Ray
-    # opens its own folder to all users, so that one lies inside.
+    # opens its own folder to all users, so that one lies inside. What libraries leave behind goes with it.
     RAY_TMP=$(mktemp -d "/tmp/ray_$JOB.XXXX")
+    export TMPDIR=$RAY_TMP/tmp
+    mkdir "$TMPDIR"
     RAY_LOG=$RUN_DIR/ray_$ROLE-$JOB.log
     : >"$RAY_LOG"
     watch_over
@@ -204,6 +245,7 @@ start_ray() {
         --object-store-memory=500000000 --include-log-monitor=false --dashboard-agent-listen-port=0 "$@" \
         >"$RAY_LOG" 2>&1) &
     RAY=$!
+    disown "$RAY"                                      # else bash reports in the log how it has ended
 }
 
 ray_started() {                                        # for wait_until
@@ -216,10 +258,7 @@ last_error() {                                         # last_error FILE: the en
     grep -E '^[A-Za-z_.]+(Error|Exception)\b' "$1" | tail -n 1 | cut -c1-300 | grep .
 }
 
-end_ray() {                                            # this can take a while; end_owned ends what is left
-    disown "$RAY" 2>/dev/null || true                  # it may have died before
-    kill "$RAY" 2>/dev/null || true
-}
+end_ray() { kill "$RAY" 2>/dev/null || true; }         # this can take a while; end_owned ends what is left
 
 likely_cause() {                                       # Ray itself only says "overloaded" or "GCS may have been killed"
     python "$REPO/scripts/job/this_node.py" --why "$(node_address)"

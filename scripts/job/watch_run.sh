@@ -3,8 +3,8 @@
 # that it continues. Sourced by head_node_raytune_asha_hpo.slurm, after ray_job.sh.
 
 WORKER_JOBS=()                                         # ids of the worker jobs, in the order of their submission
-REPLACEMENTS=3                                         # worker jobs submitted for each node in place of ones that ended
-REPLACED=0 REPLACEMENT_TRIES=0                         # how many were; how often sbatch was asked, and may have refused
+REPLACED=0                                             # how many worker jobs were submitted in place of ones that ended
+FRUITLESS=0 REFUSED=0                                  # since one last joined: how many left before that; were refused
 declare -A ANNOUNCED=() ENDED=() TOLD=()               # workers that joined; that ended too early; reasons told
 QUEUE=""                                               # "job state reason" of the workers there, as of the last look
 NEXT_LOOK=0 NEXT_WRITE=0                               # seconds; when to look at the queue and at the disk again
@@ -13,10 +13,10 @@ LAST_SERVED=0 NEXT_TOLD=10                             # seconds: when one last 
 
 # ---- Which run is it? ------------------------------------------------------------------------------------------------
 which_run() {                                          # a new one, or one to continue: then RESUME becomes its folder
-    local folder other queue=""
+    local folder other
     if [[ ${SLURM_RESTART_COUNT:-0} != 0 ]]; then      # Slurm has requeued this job
         for folder in "$EXERCISE/runs/$JOB" "$EXERCISE/runs/$JOB"-*; do
-            if recorded settings "$folder" && [[ $(<"$folder/job") == "$JOB" ]]; then RESUME=$folder; fi
+            if recorded settings "$folder" && [[ $(last_job "$folder") == "$JOB" ]]; then RESUME=$folder; fi
         done
     fi
     [[ -n ${RESUME:-} ]] || return 0
@@ -25,17 +25,20 @@ which_run() {                                          # a new one, or one to co
     folder=$EXERCISE/runs/$(basename "$(cd "$RESUME" && pwd)")   # as it is called here: runs/ may be a link
     [[ $RESUME -ef $folder ]] || fail "RESUME=$RESUME: is not a folder of $EXERCISE/runs; give runs/<jobid>"
     export RESUME=$folder
-    other=$(cat "$RESUME/job" 2>/dev/null) || other=""
-    if [[ $other =~ ^[0-9]+$ && $other != "$JOB" ]] && command -v squeue >/dev/null; then
-        queue=$(ask squeue --noheader --me --format=%i) ||
-            fail "RESUME=$RESUME: squeue does not say whether job $other still works on this run;" \
-                "if it does not, rm $RESUME/job"
-    fi
-    if { [[ -n $other ]] && grep -qx "$other" <<<"$queue"; } || grep -qzsF "HPO_OWNER=$RESUME " /proc/[0-9]*/environ
-    then
+    other=$(last_job "$RESUME")
+    if ! is_over "$other" || grep -qzsF "HPO_OWNER=$RESUME " /proc/[0-9]*/environ; then
         fail "RESUME=$RESUME: job $other still works on this run; wait for its end, or scancel $other"
     fi
-    rm -f "$RESUME"/{shutdown.txt,address} "$RESUME"/joined-*
+}
+
+last_job() { cat "$(printf '%s\n' "$1"/head-* | sort -V | tail -n 1)/job" 2>/dev/null || true; }   # of a run folder
+
+is_over() {                                            # is_over JOB: of the last job of the run in RESUME
+    local state
+    [[ $1 =~ ^[0-9]+$ && $1 != "$JOB" ]] && command -v squeue >/dev/null || return 0
+    state=$(state_of "$1" 60) || fail "RESUME=$RESUME: squeue does not say whether job $1 still works on this run;" \
+        "try again when it answers"
+    [[ $state =~ ^(UNKNOWN|BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_OF_ME|PREEMPTED|REVOKED|TIMEOUT) ]]
 }
 
 # ---- The search ------------------------------------------------------------------------------------------------------
@@ -44,7 +47,7 @@ watch_search() {                                       # until the search ends; 
     LAST_SERVED=$SECONDS
     while kill -0 "$SEARCH" 2>/dev/null; do
         sleep 1 &
-        wait -n "$SEARCH" "$RAY" $! 2>/dev/null || true   # whichever ends first
+        wait -n "$SEARCH" $! 2>/dev/null || true       # whichever ends first
         if ! run_can_go_on; then
             kill "$SEARCH" 2>/dev/null
             sleep 5 &
@@ -58,7 +61,10 @@ watch_search() {                                       # until the search ends; 
 }
 
 run_can_go_on() {
-    if ! kill -0 "$RAY" 2>/dev/null; then
+    if is_superseded; then
+        say "this run has been started again elsewhere (see head-* in $RUN_DIR), so this head ends"
+        return 1
+    elif ! kill -0 "$RAY" 2>/dev/null; then
         say "the Ray head ended$(likely_cause); its last words are in $RAY_LOG"
         return 1
     elif ! room_is_left; then
@@ -74,8 +80,8 @@ room_is_left() {                                       # in the run folder: Ray 
     ((SECONDS >= NEXT_WRITE)) || return 0
     NEXT_WRITE=$((SECONDS + 10))
     local status=0
-    { head -c 65536 /dev/zero >"$RUN_DIR/room" || status=1; } 2>/dev/null
-    rm -f "$RUN_DIR/room"
+    { head -c 65536 /dev/zero >"$HEAD_DIR/room" || status=1; } 2>/dev/null   # so that its listing is fresh, too
+    rm -f "$HEAD_DIR/room"
     return "$status"
 }
 
@@ -102,9 +108,12 @@ submit_worker() {
 }
 
 sbatch_worker() {                                      # prints the job's id, whatever a site adds to it
-    local said job="" tries=0
+    local said left job="" tries=0 options=(--parsable --export=ALL)
     cd "$EXERCISE" || return 1
-    until said=$(sbatch --parsable --export=ALL worker_node_raytune_asha_hpo.slurm "$RUN_DIR" "$JOB" 2>&1); do
+    # A worker's time is what is left of this job's: 1-02:03:04; or UNLIMITED, INVALID ...
+    left=$(ask squeue --noheader --jobs="$JOB" --Format=JobID:20,TimeLeft:20 | awk -v job="$JOB" '$1 == job { print $2 }')
+    [[ ! $left =~ ^[0-9:-]+$ ]] || options+=(--time="$left")
+    until said=$(timeout 60 sbatch "${options[@]}" worker_node_raytune_asha_hpo.slurm "$HEAD_DIR" "$JOB" 2>&1); do
         { is_busy "$said" && ((++tries < 10)); } || break
         say "sbatch: $(tail -n 1 <<<"$said"); trying again" >&2
         sleep 5                                        # it may have been submitted all the same
@@ -120,7 +129,7 @@ unknown_worker() {                                     # prints the id of a work
     local queue id command
     queue=$(ask squeue --noheader --me --format='%i %o') || return 1
     while read -r id command; do
-        [[ $command != *" $RUN_DIR $JOB" || " ${WORKER_JOBS[*]} " == *" $id "* ]] || { echo "$id"; break; }
+        [[ $command != *" $HEAD_DIR $JOB" || " ${WORKER_JOBS[*]} " == *" $id "* ]] || { echo "$id"; break; }
     done <<<"$queue"
 }
 
@@ -146,7 +155,7 @@ forecast() {                                           # of a new search by the 
 queued_workers() {                                     # prints QUEUE anew; 1: Slurm is busy
     local queue
     ((${#WORKER_JOBS[@]} > 0)) || return 0
-    queue=$(squeue --noheader --me --format='%i %T %r' 2>/dev/null) || return 1
+    queue=$(timeout 10 squeue --noheader --me --format='%i %T %r' 2>/dev/null) || return 1
     grep -E "^($(IFS='|'; echo "${WORKER_JOBS[*]}")) " <<<"$queue" || true
 }
 
@@ -167,6 +176,8 @@ tell_who_ended() {                                     # tell_who_ended JOB...: 
     for job in "$@"; do
         if [[ -n ${ENDED[$job]:-} ]] || grep -q "^$job " <<<"$QUEUE"; then continue; fi
         ENDED[$job]=yes
+        [[ -n ${ANNOUNCED[$job]:-} ]] || FRUITLESS=$((FRUITLESS + 1))
+        rm -f "$HEAD_DIR/joined-$job"
         cause=$(last_words "$job")
         say "worker job $job has ended before the search: $cause"
         tell_cost "$job" "$cause" || true
@@ -180,13 +191,10 @@ last_words() {                                         # of a worker job: its er
 
 announce_workers() {                                   # "worker 1/2 joined", once each
     local file job node cpus gpus slots words
-    for file in "${!ANNOUNCED[@]}"; do
-        [[ -e $file ]] || unset "ANNOUNCED[$file]"     # Slurm has requeued it
-    done
-    for file in "$RUN_DIR"/joined-*; do
-        [[ -e $file && -z ${ANNOUNCED[$file]:-} ]] || continue
-        ANNOUNCED[$file]=yes JOINED=yes SERVING=yes
+    for file in "$HEAD_DIR"/joined-*; do
         job=${file##*/joined-}
+        [[ $job != "*" && -z ${ANNOUNCED[$job]:-} ]] || continue
+        ANNOUNCED[$job]=yes JOINED=yes SERVING=yes FRUITLESS=0 REFUSED=0
         [[ " ${WORKER_JOBS[*]} " == *" $job "* ]] || WORKER_JOBS+=("$job")   # a user has submitted it: now it is ours
         read -r node cpus gpus slots words <"$file"
         say "worker ${#ANNOUNCED[@]}/${#WORKER_JOBS[@]} joined: job $job on $node, $words, $slots trial(s) at once"
@@ -194,11 +202,11 @@ announce_workers() {                                   # "worker 1/2 joined", on
     done
 }
 
-# Replaces workers that ended too early, REPLACEMENTS times for each node; their trials start again on others by
-# themselves. 1: no worker can come any more, or none has served for WORKER_DEADLINE seconds. If none has ever joined,
-# that is the end.
+# Replaces workers that ended too early; their trials start again on others by themselves. But when one for each node has
+# left before it joined, the next would, too. 1: no worker can come any more, or none has served for WORKER_DEADLINE
+# seconds. If none has ever joined, that is the end.
 mind_workers() {
-    local job waited what="another worker"
+    local job waited state more=yes what="another worker"
     [[ -n $JOINED ]] || what="the first worker to join"
     [[ -z $SERVING ]] || LAST_SERVED=$SECONDS NEXT_TOLD=10
     waited=$((SECONDS - LAST_SERVED))
@@ -213,47 +221,65 @@ mind_workers() {
     look_at_queue || return 0
     if [[ -z $JOINED ]]; then
         tell_who_ended "${WORKER_JOBS[@]:0:${#WORKER_JOBS[@]}-1}"
-        [[ -n $QUEUE ]] || compgen -G "$RUN_DIR/joined-*" >/dev/null ||
+        [[ -n $QUEUE ]] || compgen -G "$HEAD_DIR/joined-*" >/dev/null ||
             fail "no worker joined and none is queued; the last one says: $(last_words "${WORKER_JOBS[-1]}")"
         return 0
     fi
     tell_who_ended "${WORKER_JOBS[@]}"
-    while ((REPLACED < ${#ENDED[@]} && REPLACEMENT_TRIES < REPLACEMENTS * WORKER_NODES)); do
-        REPLACEMENT_TRIES=$((REPLACEMENT_TRIES + 1))
-        submit_worker || { say "sbatch refused to replace it (its message is above)"; break; }   # tried again
+    ((FRUITLESS < WORKER_NODES && REFUSED < 3)) || more=""
+    if ((REPLACED < ${#ENDED[@]})) && [[ -n $more ]]; then
+        state=$(state_of "$JOB") || return 0           # Slurm is busy: later
+        if [[ $state != *" ${SLURM_RESTART_COUNT:-0}" || $state == @(PENDING|REQUEUE)* ]]; then
+            say "Slurm has lost this job, and starts it again ($state); this head ends"
+            return 1
+        fi
+    fi
+    while ((REPLACED < ${#ENDED[@]})) && [[ -n $more ]] && ! is_superseded; do
+        if ! submit_worker; then                       # tried again at the next look
+            say "sbatch refused to replace it (its message is above)"
+            REFUSED=$((REFUSED + 1))
+            break
+        fi
         REPLACED=$((REPLACED + 1))
     done
     SERVING=""
     for job in "${WORKER_JOBS[@]}"; do
-        [[ ! -e $RUN_DIR/joined-$job ]] || ! grep -q "^$job RUNNING" <<<"$QUEUE" || SERVING=yes
+        [[ -z ${ANNOUNCED[$job]:-} ]] || ! grep -q "^$job RUNNING" <<<"$QUEUE" || SERVING=yes
     done
-    if ((${#ENDED[@]} == ${#WORKER_JOBS[@]} && REPLACEMENT_TRIES == REPLACEMENTS * WORKER_NODES)); then
-        say "no worker is left, and $REPLACED have been replaced already"
+    if ((${#ENDED[@]} == ${#WORKER_JOBS[@]})) && [[ -z $more ]]; then
+        say "no worker is left: $FRUITLESS in a row ended before they joined, $REFUSED were refused; see above why"
         return 1
     fi
 }
 
-cancel_workers() { ((${#WORKER_JOBS[@]} == 0)) || scancel --quiet "${WORKER_JOBS[@]}" 2>/dev/null; }
+cancel_workers() {                                     # cancel_workers [--state=PENDING]
+    ((${#WORKER_JOBS[@]} == 0)) || timeout 5 scancel --quiet "$@" "${WORKER_JOBS[@]}" 2>/dev/null || true
+}
 
 release_workers() {                                    # the workers leave, and the log tells what they have cost
-    local job deadline=$((SECONDS + 15))
-    touch "$RUN_DIR/shutdown.txt"
-    while ((SECONDS < deadline)) && some_workers_left; do
-        sleep 0.3
+    local job deadline=$((SECONDS + 12))
+    ((${#WORKER_JOBS[@]} > 0)) || return 0
+    touch "$HEAD_DIR/shutdown.txt"
+    cancel_workers --state=PENDING
+    while compgen -G "$HEAD_DIR/joined-*" >/dev/null && ((SECONDS < deadline)); do   # each removes its own
+        sleep 0.2
+        look_afresh
     done
-    ! some_workers_left || cancel_workers
+    # Those that had not joined yet, or could not tell, are asked for less often: Slurm is everybody's.
+    until ! QUEUE=$(queued_workers) || [[ -z $QUEUE ]]; do
+        ((SECONDS < deadline)) || { cancel_workers; break; }
+        sleep 1
+    done
     for job in "${WORKER_JOBS[@]}"; do
         [[ -n ${ENDED[$job]:-} ]] || tell_cost "$job" || break   # near a time limit nobody can be asked again
     done
     WORKER_JOBS=()                                     # once
 }
 
-some_workers_left() { ! QUEUE=$(queued_workers) || [[ -n $QUEUE ]]; }   # or Slurm is busy, so nobody knows
-
 tell_cost() {                                          # tell_cost JOB [CAUSE]: of one that ended; 1: Slurm is busy
     local said seconds="" time='StartTime=([0-9T:-]+) EndTime=([0-9T:-]+)'
-    said=$(scontrol show job "$1" 2>&1) || ! is_busy "$said" || return 1
-    if [[ $said != *JobState=RUNNING* && $said =~ $time ]]; then
+    said=$(PATIENCE=3 ask scontrol show job "$1") || [[ -n ${2:-} ]] || return 1
+    if [[ $said != *JobState=RUNNING* && $said =~ $time && ${BASH_REMATCH[1]} != "${BASH_REMATCH[2]}" ]]; then
         seconds=$(($(date -d "${BASH_REMATCH[2]}" +%s) - $(date -d "${BASH_REMATCH[1]}" +%s)))
         say "worker job $1 held its node for $seconds s, by Slurm's record"
     fi
@@ -266,7 +292,7 @@ how_to_look_inside() {                                 # ready to paste on your 
     ! on_slurm || jump="-J $(id -un)@${SLURM_SUBMIT_HOST:-login-node} "
     port=$(grep -o '127\.0\.0\.1:[0-9]*' "$RAY_LOG" | head -n 1 | cut -d: -f2) || return 0
     say "dashboard: ssh -N -L 8265:127.0.0.1:$port $jump$(id -un)@$(hostname)"
-    say "           then open http://localhost:8265; it asks for the token in $RUN_DIR/token"
+    say "           then open http://localhost:8265; it asks for the token in $HEAD_DIR/token"
     say "curves: tensorboard --logdir $RUN_DIR/tune"
 }
 

@@ -125,10 +125,17 @@ def reports_so_far(run_dir):
 
 
 class Recorder(tune.Callback):
-    """Writes the events of the trials."""
+    """Writes the events of the trials, until another head has taken the run over."""
 
     def __init__(self, run_dir, remembering):
         self.run_dir, self.remembering = run_dir, remembering
+        self.head = Path(os.environ.get("HEAD_DIR", "head-1"))  # the latest of the run folder when this head started
+
+    def on_step_begin(self, iteration, trials, **info):
+        """Before Ray saves anything."""
+        number = lambda path: int(path.name.removeprefix("head-"))
+        if any(number(other) > number(self.head) for other in self.run_dir.glob("head-*")):
+            sys.exit("ERROR: Slurm has started this run again, on another node; this search ends")
 
     def on_trial_start(self, iteration, trials, trial, **info):
         record(self.run_dir, "trial_started", trial=str(trial), config=trial.config["train_loop_config"])
