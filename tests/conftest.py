@@ -247,7 +247,10 @@ def machines(cluster):
     """A cluster whose nodes are machines of their own."""
     if not (SANDBOX / "nodes").exists():
         pytest.skip("no machines can be made here: all nodes are this one")
-    return cluster
+    yield cluster
+    cluster.trouble("thaw")
+    for node in ("head", "worker1", "worker2"):
+        cluster.trouble("heal", node)
 
 
 def pids(*marks):
