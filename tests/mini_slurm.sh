@@ -24,7 +24,7 @@
 set -euo pipefail
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-KILL_WAIT=5                             # seconds from SIGTERM to SIGKILL when a job is cancelled
+KILL_WAIT=10                            # seconds from SIGTERM to SIGKILL when a job is cancelled
 DIR=${MINI_SLURM_DIR:-/tmp/mini_slurm.$UID}
 PATH=$PATH:/usr/sbin:/sbin              # where the daemons are, and a normal user's PATH is not
 

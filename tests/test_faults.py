@@ -148,15 +148,16 @@ def test_of_two_runs_whose_workers_share_a_node_one_is_cancelled_and_the_other_c
     replace(cluster.folder / "worker_node_raytune_asha_hpo.slurm", *half, there)
     variables = demo_run(demo, NUM_SAMPLES="2", NUM_EPOCHS="2", **BUSY)
     array = cluster("sbatch", "--parsable", "--array=1-2", HEAD, **variables).strip()
-    jobs = lambda: re.findall(r"JobId=(\d+)", cluster("scontrol", "show", "job", array))
-    first, second = wait_for(lambda: len(jobs()) == 2 and jobs(), 60, "both jobs of the array")
+    tasks = lambda: re.findall(r"JobId=(\d+) .* ArrayTaskId=(\d) ", cluster("scontrol", "show", "job", "-o", array))
+    job_of_task = {task: job for job, task in wait_for(lambda: len(tasks()) == 2 and tasks(), 60, "both tasks")}
+    first, second = job_of_task["1"], job_of_task["2"]
     wait_for(lambda: all("  started" in cluster.log(job) for job in (first, second)), 180, "trials of both runs")
     assert {cluster.job(w)["NodeList"] for job in (first, second) for w in cluster.workers(job)} == {"worker1"}
-    cluster("scancel", first)
+    cluster("scancel", f"{array}_1")
     end = cluster.wait_for_end(first, 40)
     assert end["JobState"] == "CANCELLED" and end["ExitCode"] == "143:0"
     assert re.search(rf"===== JOB {first} FINISH : .* =====\n\Z", cluster.log(first))
-    assert not re.search("SIGTERM received|Killed|Traceback", cluster.log(first))
+    assert not re.search("SIGTERM received|Killed|Aborted|Terminated|Traceback", cluster.log(first))
     assert cluster.wait_for_end(second, 240)["JobState"] == "COMPLETED", cluster.log(second)
     log = cluster.log(second)
     check_log(log, second)
@@ -194,7 +195,7 @@ def test_a_requeued_job_goes_on_where_it_was(cluster, demo):
     cluster("scontrol", "requeue", job)
     starts_again()
     if (SANDBOX / "nodes").exists():
-        wait_for(lambda: "_00001  started" in parts()[-1], 120, "the second trial")
+        wait_for(lambda: len(parts()) == 2 and "_00001  started" in parts()[-1], 120, "the second trial")
         node = cluster.job(job)["NodeList"]
         cluster.trouble("power-off", node)
         cluster.trouble("restart", node)
