@@ -56,7 +56,8 @@ prepare_training() {                                   # every process that trai
     export PYTHONPATH="$REPO/scripts/raytune_hpo/raytune_asha_scheduler${PYTHONPATH:+:$PYTHONPATH}"
     export PYTORCH_NVML_BASED_CUDA_CHECK=1             # asking whether there are GPUs must not initialise CUDA
     export TORCHDYNAMO_DISABLE=1                       # else DeepSpeed loads torch's compiler: 1.3 s a process
-    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1   # glibc keeps freed memory: fresh pages took a third of a step
+    # On CPUs glibc keeps freed memory: fresh pages took a third of a step. With GPUs, the first copy of the model, too.
+    ((${Gw:-0} > 0)) || export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1
     export GOMP_SPINCOUNT=1000                         # else trials that share cores can take 30 times as long
     export TOKENIZERS_PARALLELISM=false                # else it warns at every fork
     export TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1   # the log is for results
@@ -66,7 +67,7 @@ prepare_cluster() {                                    # prepare_cluster ADDRESS
     no_proxy=$(IFS=,; echo "${no_proxy:+$no_proxy,}localhost,127.0.0.1,$*")
     export no_proxy NO_PROXY=$no_proxy no_grpc_proxy=$no_proxy
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$HEAD_DIR/token"   # who cannot read the file cannot connect
-    # A node that does not answer for 18 s, its cable being out, say, is given up. For so long it may lose the head, too.
+    # A node that does not answer for 18 s, its cable being out, say, is given up. It bears to be without head as long.
     export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=2000 RAY_health_check_failure_threshold=6
     export RAY_gcs_rpc_server_reconnect_timeout_s=20
     export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0     # and at once when they are told to
@@ -75,7 +76,12 @@ prepare_cluster() {                                    # prepare_cluster ADDRESS
     export RAY_prestart_worker_first_driver=0          # start processes when a trial needs them, not while nodes join
     export RAY_TRAIN_METRICS_ENABLED=0                 # nobody collects them
     export RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.2       # a report reaches Tune within half a second instead of two
-    export RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=300  # imports from a busy shared file system can take minutes
+    # Imports from a busy shared file system can take minutes, and are no error.
+    export RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=600 RAY_worker_register_timeout_seconds=600
+    export RAY_agent_register_timeout_ms=600000 RAY_DASHBOARD_STARTUP_TIMEOUT_S=600
+    export RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT=600
+    # Ray would count all memory of the node, other users' too, and kill trials. Slurm minds that of the job.
+    [[ -z $ON_SLURM ]] || export RAY_memory_monitor_refresh_ms=0
     export RAY_TRAIN_ENABLE_PRINT_PATCH=0              # else every line of a worker appears twice
     export RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0       # it asks for notices that only clouds send
     export TUNE_WARN_THRESHOLD_S=60                    # no warnings that the machine is busy: it is

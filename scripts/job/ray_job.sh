@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What the .slurm scripts share: log, record, the node's resources, starting Ray, and ending exactly what they started.
 # They set ROLE (head, worker, manual or save) and REPO (top of the repository) before they source this file, RUN_DIR
-# once there is a run folder, and HEAD_DIR, the folder in it of one start of a head and of its workers. It sets JOB: this
+# once there is a run folder, and HEAD_DIR, the folder in it of one start of a head and its workers. It sets JOB: this
 # job's name, unique on the cluster (Slurm job id, or local-...).
 
 # shellcheck source=SCRIPTDIR/environment.sh
@@ -11,7 +11,7 @@ export ON_SLURM=""                                     # started by sbatch? Then
 on_slurm() { [[ -n $ON_SLURM ]]; }
 JOB=local-$(date +%m%d-%H%M%S)-$$
 ! on_slurm || JOB=$SLURM_JOB_ID
-RECORD="" AT="" TEE="" WATCH="" HEAD_ADDRESS="" HEAD_DIR=""   # not somebody else's variables of these names
+RECORD="" AT="" TEE="" WATCH="" RAY_TMP="" HEAD_ADDRESS="" HEAD_DIR=""   # not somebody else's variables
 PATIENCE=60                                            # seconds for a controller that is too busy to answer
 
 # ---- The log ---------------------------------------------------------------------------------------------------------
@@ -51,6 +51,7 @@ finish() {                                             # first the script's own 
     local status=$?
     trap '' TERM INT HUP                               # a second signal must not cut the clean-up short
     set +e
+    disown -a                                          # else bash reports in the log what a signal has ended
     PATIENCE=3                                         # Slurm kills what is still there 30 s (KillWait) after TERM
     ! declare -F before_finish >/dev/null || before_finish "$status"
     end_owned
@@ -190,6 +191,10 @@ look_around() {                                        # was this job started as
     fi
 }
 
+is_end() {                                             # is_end STATE: of state_of, one that no job comes back from?
+    [[ $1 =~ ^(UNKNOWN|BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_OF_ME|PREEMPTED|REVOKED|TIMEOUT) ]]
+}
+
 # ---- This node -------------------------------------------------------------------------------------------------------
 node_address() {                                       # the address other nodes reach this one at
     local name address=${NODE_ADDRESS:-127.0.0.1}
@@ -232,8 +237,7 @@ prepare_ray() {                                        # environment, folder and
     # Unix sockets allow 107 characters, of which Ray needs about 60: a short folder, on a local disk, ours alone. Ray
     # opens its own folder to all users, so that one lies inside. What libraries leave behind goes with it.
     RAY_TMP=$(mktemp -d "/tmp/ray_$JOB.XXXX")
-    export TMPDIR=$RAY_TMP/tmp
-    mkdir "$TMPDIR"
+    mkdir "$RAY_TMP/tmp"
     RAY_LOG=$RUN_DIR/ray_$ROLE-$JOB.log
     : >"$RAY_LOG"
     watch_over
@@ -265,7 +269,8 @@ likely_cause() {                                       # Ray itself only says "o
 }
 
 owned() {                                              # run a command whose process tree end_owned can find
-    exec env HPO_OWNER="$RUN_DIR $ROLE $JOB" SPT_NOENV=1 "$@"   # else some of Ray's write their title over it
+    exec env HPO_OWNER="$RUN_DIR $ROLE $JOB" ${RAY_TMP:+"TMPDIR=$RAY_TMP/tmp"} \
+        SPT_NOENV=1 "$@"                               # else some of Ray's write their title over the environment
 }
 
 owned_pids() {
@@ -277,7 +282,7 @@ owned_pids() {
 end_owned() {
     [[ -z $WATCH ]] || kill -s KILL "$WATCH" 2>/dev/null
     local pids signal deadline=$((SECONDS + 2))
-    disown -a                                          # else bash reports each of them as "Killed" in the log
+    disown -a
     for signal in TERM KILL; do
         while pids=$(owned_pids) && [[ -n $pids ]] && ((SECONDS < deadline)); do
             # shellcheck disable=SC2086  # one word a process
@@ -286,7 +291,7 @@ end_owned() {
         done
         deadline=$((SECONDS + 5))
     done
-    rm -rf "${RAY_TMP:-}"
+    [[ -z $RAY_TMP ]] || rm -rf "$RAY_TMP"
 }
 
 # Traps do not run when this shell is killed (kill -9, out of memory). Then a second one ends what it has started.
@@ -311,6 +316,6 @@ wait_until() {
             say "waiting for $what: $((SECONDS - start)) s of $limit s"
             next=$(((SECONDS - start) / 60 * 60 + 60))
         fi
-        sleep 0.2
+        { sleep 0.2; } 2>/dev/null                     # not bash's own line if a signal ends it
     done
 }

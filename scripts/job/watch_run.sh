@@ -9,6 +9,8 @@ declare -A ANNOUNCED=() ENDED=() TOLD=()               # workers that joined; th
 QUEUE=""                                               # "job state reason" of the workers there, as of the last look
 NEXT_LOOK=0 NEXT_WRITE=0                               # seconds; when to look at the queue and at the disk again
 JOINED="" SERVING=""                                   # has any worker joined yet? was one serving at the last look?
+HANDED_OVER=""
+handed_over() { [[ -n $HANDED_OVER ]]; }               # does another start of a head go on with this run?
 LAST_SERVED=0 NEXT_TOLD=10                             # seconds: when one last served; waited until a line tells
 
 # ---- Which run is it? ------------------------------------------------------------------------------------------------
@@ -38,7 +40,7 @@ is_over() {                                            # is_over JOB: of the las
     [[ $1 =~ ^[0-9]+$ && $1 != "$JOB" ]] && command -v squeue >/dev/null || return 0
     state=$(state_of "$1" 60) || fail "RESUME=$RESUME: squeue does not say whether job $1 still works on this run;" \
         "try again when it answers"
-    [[ $state =~ ^(UNKNOWN|BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_OF_ME|PREEMPTED|REVOKED|TIMEOUT) ]]
+    is_end "$state"
 }
 
 # ---- The search ------------------------------------------------------------------------------------------------------
@@ -63,6 +65,7 @@ watch_search() {                                       # until the search ends; 
 run_can_go_on() {
     if is_superseded; then
         say "this run has been started again elsewhere (see head-* in $RUN_DIR), so this head ends"
+        HANDED_OVER=yes
         return 1
     elif ! kill -0 "$RAY" 2>/dev/null; then
         say "the Ray head ended$(likely_cause); its last words are in $RAY_LOG"
@@ -111,7 +114,7 @@ sbatch_worker() {                                      # prints the job's id, wh
     local said left job="" tries=0 options=(--parsable --export=ALL)
     cd "$EXERCISE" || return 1
     # A worker's time is what is left of this job's: 1-02:03:04; or UNLIMITED, INVALID ...
-    left=$(ask squeue --noheader --jobs="$JOB" --Format=JobID:20,TimeLeft:20 | awk -v job="$JOB" '$1 == job { print $2 }')
+    left=$(ask squeue --noheader --jobs="$JOB" --Format=JobID:20,TimeLeft:20 | sed -nE "s/^$JOB +//p" | xargs)
     [[ ! $left =~ ^[0-9:-]+$ ]] || options+=(--time="$left")
     until said=$(timeout 60 sbatch "${options[@]}" worker_node_raytune_asha_hpo.slurm "$HEAD_DIR" "$JOB" 2>&1); do
         { is_busy "$said" && ((++tries < 10)); } || break
@@ -202,8 +205,8 @@ announce_workers() {                                   # "worker 1/2 joined", on
     done
 }
 
-# Replaces workers that ended too early; their trials start again on others by themselves. But when one for each node has
-# left before it joined, the next would, too. 1: no worker can come any more, or none has served for WORKER_DEADLINE
+# Replaces workers that ended too early; their trials start again on others by themselves. But once one for each node
+# has left before it joined, the next would, too. 1: no worker can come any more, or none has served for WORKER_DEADLINE
 # seconds. If none has ever joined, that is the end.
 mind_workers() {
     local job waited state more=yes what="another worker"
@@ -229,8 +232,9 @@ mind_workers() {
     ((FRUITLESS < WORKER_NODES && REFUSED < 3)) || more=""
     if ((REPLACED < ${#ENDED[@]})) && [[ -n $more ]]; then
         state=$(state_of "$JOB") || return 0           # Slurm is busy: later
-        if [[ $state != *" ${SLURM_RESTART_COUNT:-0}" || $state == @(PENDING|REQUEUE)* ]]; then
+        if [[ $state != @(UNKNOWN|*" ${SLURM_RESTART_COUNT:-0}") || $state == @(PENDING|REQUEUE)* ]]; then
             say "Slurm has lost this job, and starts it again ($state); this head ends"
+            HANDED_OVER=yes
             return 1
         fi
     fi

@@ -2,6 +2,7 @@
 """How long a run holds nodes before it trains and after it has trained: phases of one run on the sandbox.
 
     .venv/bin/python tests/benchmarks/bringup.py              # 3 runs of one trial with the demo model; about 3 minutes
+    .venv/bin/python tests/benchmarks/bringup.py --lag 30     # in a folder as by NFS: 30 s it is believed to be as it was
 
 Compared with the least that Ray takes, measured in between: a bare `ray start --head`, a bare `ray start` of a worker
 and a bare driver, one after the other. Nothing else should run on the machine.
@@ -81,14 +82,19 @@ def one_run(cluster, variables):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3)
-    runs = max(1, parser.parse_args().runs)
+    parser.add_argument("--lag", type=int, default=0, metavar="SECONDS")
+    args = parser.parse_args()
+    runs = max(1, args.runs)
     with tempfile.TemporaryDirectory(prefix="b.", dir="/tmp") as folder:
         course, demo = copy_of_the_course(Path(folder) / "repo"), Path(folder) / "demo"
-        environ, sandbox = os.environ | {"MINI_SLURM_DIR": f"{folder}/ms"}, ["bash", REPO / "tests/mini_slurm.sh"]
+        environ = os.environ | {"MINI_SLURM_DIR": f"{folder}/ms", "MINI_SLURM_SHARED": folder}
+        sandbox = ["bash", REPO / "tests/mini_slurm.sh"]
         output = functools.partial(subprocess.check_output, env=environ, text=True, stderr=subprocess.DEVNULL)
         output([sys.executable, REPO / "scripts/demo_assets.py", demo])
         try:
             cluster = Cluster(environ | {"SLURM_CONF": output([*sandbox, "up"]).split("=", 1)[1].strip()}, course)
+            for node in ("head", "worker1", "worker2") if args.lag else ():
+                output([*sandbox, "lag", node, f"{folder}/repo", str(args.lag)])
             variables = SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
             measured = [(one_run(cluster, variables), floor(f"{folder}/{i}")) for i in range(runs)]
         finally:

@@ -129,12 +129,12 @@ class Recorder(tune.Callback):
 
     def __init__(self, run_dir, remembering):
         self.run_dir, self.remembering = run_dir, remembering
-        self.head = Path(os.environ.get("HEAD_DIR", "head-1"))  # the latest of the run folder when this head started
 
     def on_step_begin(self, iteration, trials, **info):
         """Before Ray saves anything."""
         number = lambda path: int(path.name.removeprefix("head-"))
-        if any(number(other) > number(self.head) for other in self.run_dir.glob("head-*")):
+        head = Path(os.environ.get("HEAD_DIR", "head-1"))  # the latest of the run folder when this head started
+        if any(number(other) > number(head) for other in self.run_dir.glob("head-*")):
             sys.exit("ERROR: Slurm has started this run again, on another node; this search ends")
 
     def on_trial_start(self, iteration, trials, trial, **info):
