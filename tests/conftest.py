@@ -217,7 +217,8 @@ class Cluster:
         return self("sbatch", "--parsable", HEAD, **variables).strip()
 
     def job(self, job):
-        words = self("scontrol", "show", "job", job).split()
+        records = self("scontrol", "show", "job", "-o", job).splitlines()  # of an array: all its tasks'
+        (words,) = (record.split() for record in records if record.startswith(f"JobId={job} "))
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for_end(self, job, seconds):

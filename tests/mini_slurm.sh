@@ -146,7 +146,7 @@ lag() {             # lag NAME FOLDER SECONDS; 0: no longer
 }
 
 trouble() {         # trouble VERB [NODE]...
-    local address=""
+    local state address=""
     check_folder
     runs slurmctld || die "no sandbox is up in $DIR"
     [[ $1 == freeze || $1 == thaw ]] || address=$(address_of "${2:-}") ||
@@ -156,9 +156,11 @@ trouble() {         # trouble VERB [NODE]...
         cut)        at_switch ip link set "$2" down ;;
         heal)       at_switch ip link set "$2" up ;;
         power-off)  power_off "$2" ;;
-        restart)    power_off "$2"          # and tell Slurm that its jobs are gone: it would not ask for a minute
-                    timeout 5 scontrol update nodename="$2" state=down reason="was off" || true
-                    start_machine "$2" "$address" ;;
+        restart)    power_off "$2"
+                    start_machine "$2" "$address"
+                    for state in down resume; do    # by itself Slurm believes for a minute that its jobs still run
+                        timeout 5 scontrol update nodename="$2" state=$state reason="was off" 2>/dev/null || true
+                    done ;;
         lag)        lag "${@:2}" ;;
         freeze)     kill -s STOP "$(<"$DIR/run/slurmctld.pid")" ;;
         thaw)       kill -s CONT "$(<"$DIR/run/slurmctld.pid")" ;;
