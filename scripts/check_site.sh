@@ -172,8 +172,8 @@ has_port()        { [[ -s $RUN_DIR/port-$1 ]]; }
 listening()       { has_port "$ROLE" || ! kill -0 $! 2>/dev/null; }
 called_or_ended() { has_port "$1" || arrived "done-$1"; }
 LISTEN='import socket, sys
-server = socket.create_server((sys.argv[1], 0))
-print(*server.getsockname(), flush=True)
+server = socket.create_server((sys.argv[1], 0), family=socket.getaddrinfo(sys.argv[1], 0)[0][0])
+print(*server.getsockname()[:2], flush=True)
 while True: server.accept()[0].sendall(sys.argv[2].encode())'
 
 check_address() {                                            # others can call it only if it is one of this node's

@@ -126,7 +126,7 @@ def grpc_answers(ip, port):
 
 
 def test_each_port_of_a_run_is_known_and_wants_the_token(running):
-    """All but those between the processes of one training, which are torch's own: it knows no token."""
+    """All but those between the processes of one training: torch knows no token, so they listen on loopback alone."""
     run_dir, _, job = running
     token = (run_dir / "head-1/token").read_text()
     kinds = []
@@ -135,6 +135,7 @@ def test_each_port_of_a_run_is_known_and_wants_the_token(running):
                  "raytune_asha_hpo.py", "ray.util.client.server", "ray::")  # fmt: skip
         kinds.append(next((kind for kind in known if kind in command), command))
         if "ray::TrainingProcess" in command and port >= 20000:  # Ray gives its processes ports from 10002 to 19999
+            assert ip == "127.0.0.1"
             continue
         ip = "127.0.0.1" if ip in ("::", "0.0.0.0") else ip.removeprefix("::ffff:")
         said = grpc_answers(ip, port)

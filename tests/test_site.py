@@ -20,13 +20,14 @@ JOB_FILES = [EXERCISE / HEAD, MANUAL / "bloom_hpo_manual.slurm", MANUAL / "save_
 SCRIPTS = [*JOB_FILES, *(REPO / f"scripts/{name}.sh" for name in ("quickstart", "setup_env", "check_site"))]
 
 
-def shell(commands, name="bash", **variables):
+def shell(commands, name="bash", within=(), **variables):
     """Commands in a shell that has the functions of a head job -> (exit status, lines)."""
     source = 'ROLE=head; for file in ray_job watch_run; do source "$REPO/scripts/job/$file.sh"; done'
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
     environ = kept | {"REPO": str(REPO)} | variables
-    run = subprocess.run(["bash", "-c", f"{source}; set -euo pipefail; {commands}", name], env=environ, text=True,
-                         check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)  # fmt: skip
+    command = [*within, "bash", "-c", f"{source}; set -euo pipefail; {commands}", name]
+    run = subprocess.run(command, env=environ, text=True, check=False, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, timeout=120)  # fmt: skip
     return run.returncode, run.stdout.splitlines()
 
 
@@ -186,16 +187,26 @@ def test_a_slurm_that_stays_silent_is_asked_again_and_a_wrong_question_is_not(tm
     assert (tmp_path / "bin/scontrol.calls").read_text() == "\n"
 
 
-@pytest.mark.parametrize("node_addr, hosts, own, address", [
-    ("n1", "10.0.0.1", "10.0.0.9 ::1", "10.0.0.1"), ("10.0.0.7", "10.0.0.7", "10.0.0.9 ::1", "10.0.0.7"),
-    ("n1", "127.0.1.1", "10.0.0.9 ::1", "10.0.0.9"),  # Debian's /etc/hosts for its own name: no other node reaches that
-    ("127.0.0.1", "127.0.0.1", "10.0.0.9 ::1", "127.0.0.1"),  # a Slurm of one machine
-    ("n1", "127.0.1.1", "", "127.0.0.1"),  # that without a network
+NETWORK = """ip link set lo up
+for name in docker0 eth0; do ip link add $name type veth peer name to-$name; ip link set $name up; ip link set to-$name up
+done; ip address add 172.17.0.1/16 dev docker0; ip address add $OWN dev eth0 $NODAD"""
+
+
+@pytest.mark.parametrize("node_addr, own, head, address", [
+    ("10.0.0.9", "10.0.0.9/24", "", "10.0.0.9"),
+    ("localhost", "10.0.0.9/24", "10.0.0.1:6379", "10.0.0.9"),  # as Debian's /etc/hosts has it for its own name
+    ("localhost", "10.0.0.9/24", "", "10.0.0.9"),  # on the head: that by which it reaches Slurm's other node, 10.0.0.1
+    ("203.0.113.7", "10.0.0.9/24", "10.0.0.1:6379", "10.0.0.9"),  # not this node's
+    ("127.0.0.1", "10.0.0.9/24", "", "127.0.0.1"),  # a Slurm of one machine
+    ("localhost", "fd00::9/64", "[fd00::1]:6379", "fd00::9"),
+    ("localhost", "192.168.0.9/24", "", "127.0.0.1"),  # no way to the others
 ])  # fmt: skip
-def test_the_address_of_a_node_is_one_that_others_reach(tmp_path, node_addr, hosts, own, address):
-    path = stand_in(tmp_path, scontrol=f"echo NodeName=n1 NodeAddr={node_addr} x", getent=f"echo {hosts} STREAM n1",
-                    hostname=f"echo {own}")  # fmt: skip
-    assert shell("node_address", "slurm_script", PATH=path, SLURM_JOB_ID="7", SLURMD_NODENAME="n1") == (0, [address])
+def test_the_address_of_a_node_is_one_that_others_reach(tmp_path, node_addr, own, head, address):
+    """Never that of docker0, which comes first, or its name's, which only this node reaches."""
+    path = stand_in(tmp_path, scontrol=f"echo NodeName=n1 NodeAddr={node_addr} x", sinfo=f"echo {node_addr}; echo 10.0.0.1")
+    commands = f"{NETWORK}; HEAD_ADDRESS={head}; node_address"
+    node = {"PATH": path, "SLURM_JOB_ID": "7", "OWN": own, "NODAD": "nodad" if ":" in own else ""}
+    assert shell(commands, "slurm_script", within=("unshare", "-rn"), **node) == (0, [address])
 
 
 @pytest.mark.parametrize("squeue, job, status, said", [

@@ -54,6 +54,7 @@ choose_python() {                                      # of the container, the r
 prepare_training() {                                   # every process that trains
     # Other scripts, and the processes of Ray, import the lesson.
     export PYTHONPATH="$REPO/scripts/raytune_hpo/raytune_asha_scheduler${PYTHONPATH:+:$PYTHONPATH}"
+    export GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo # a trial does not leave its node: no other network can be wrong
     export PYTORCH_NVML_BASED_CUDA_CHECK=1             # asking whether there are GPUs must not initialise CUDA
     export TORCHDYNAMO_DISABLE=1                       # else DeepSpeed loads torch's compiler: 1.3 s a process
     # On CPUs glibc keeps freed memory: fresh pages took a third of a step. With GPUs, the first copy of the model, too.
