@@ -171,7 +171,8 @@ def test_one_job_is_submitted_whatever_sbatch_answers(slurm, course, tmp_path, a
     path = stand_in(tmp_path, sbatch=answer.replace("SUBMIT", f'{shutil.which("sbatch")} --hold "$@"'))
     run_dir = course / "runs/a run"
     run_dir.mkdir(parents=True)
-    commands = f'EXERCISE={course} HEAD_DIR="{run_dir}/head-1" WORKER_NODES=1; submit_worker; echo "${{WORKER_JOBS[@]}}"'
+    commands = f'EXERCISE={course} HEAD_DIR="{run_dir}/head-1" WORKER_NODES=1; submit_worker; '
+    commands += 'echo "${WORKER_JOBS[@]}"'
     found, lines = shell(commands, **slurm | {"PATH": path})
     jobs = subprocess.check_output(["squeue", "--noheader", "--format=%i"], env=slurm, text=True).split()
     subprocess.run(["scancel", *jobs], env=slurm, check=False)
@@ -188,7 +189,8 @@ def test_a_slurm_that_stays_silent_is_asked_again_and_a_wrong_question_is_not(tm
 
 
 NETWORK = """ip link set lo up
-for name in docker0 eth0; do ip link add $name type veth peer name to-$name; ip link set $name up; ip link set to-$name up
+for name in docker0 eth0
+do ip link add $name type veth peer name to-$name; ip link set $name up; ip link set to-$name up
 done; ip address add 172.17.0.1/16 dev docker0; ip address add $OWN dev eth0 $NODAD"""
 
 
@@ -203,7 +205,8 @@ done; ip address add 172.17.0.1/16 dev docker0; ip address add $OWN dev eth0 $NO
 ])  # fmt: skip
 def test_the_address_of_a_node_is_one_that_others_reach(tmp_path, node_addr, own, head, address):
     """Never that of docker0, which comes first, or its name's, which only this node reaches."""
-    path = stand_in(tmp_path, scontrol=f"echo NodeName=n1 NodeAddr={node_addr} x", sinfo=f"echo {node_addr}; echo 10.0.0.1")
+    path = stand_in(tmp_path, scontrol=f"echo NodeName=n1 NodeAddr={node_addr} x",
+                    sinfo=f"echo {node_addr}; echo 10.0.0.1")  # fmt: skip
     commands = f"{NETWORK}; HEAD_ADDRESS={head}; node_address"
     node = {"PATH": path, "SLURM_JOB_ID": "7", "OWN": own, "NODAD": "nodad" if ":" in own else ""}
     assert shell(commands, "slurm_script", within=("unshare", "-rn"), **node) == (0, [address])
@@ -292,7 +295,7 @@ def test_a_replacement_that_is_refused_is_tried_again_at_the_next_look(tmp_path)
 def test_near_its_time_limit_a_run_says_so_and_how_to_continue(tmp_path, state, minutes, near):
     """Slurm sends TERM then, and for scancel."""
     end = (datetime.now() + timedelta(minutes=minutes)).isoformat(timespec="seconds")
-    path = stand_in(tmp_path, scontrol=f"echo JobState={state} Reason=None EndTime={end}")
+    path = stand_in(tmp_path, scontrol=f"echo JobId=7 JobState={state} Reason=None EndTime={end}")
     (tmp_path / "events.jsonl").write_text('{"time": "x", "event": "settings"}\n')
     tell = f"RUN_DIR={tmp_path}; say_how_it_ended 143"
     status, lines = shell(tell, "slurm_script", PATH=path, SLURM_JOB_ID="7")
