@@ -31,7 +31,7 @@ which_run() {                                          # a new one, or one to co
             fail "RESUME=$RESUME: squeue does not say whether job $other still works on this run;" \
                 "if it does not, rm $RESUME/job"
     fi
-    if { [[ -n $other ]] && grep -qx "$other" <<<"$queue"; } || grep -qzsF "HPO_OWNER=$RESUME " /proc/[0-9]*/environ
+    if [[ -n $other ]] && { grep -qx "$other" <<<"$queue" || grep -qzsE "^HPO_OWNER=.* $other$" /proc/[0-9]*/environ; }
     then
         fail "RESUME=$RESUME: job $other still works on this run; wait for its end, or scancel $other"
     fi
@@ -104,7 +104,8 @@ submit_worker() {
 sbatch_worker() {                                      # prints the job's id, whatever a site adds to it
     local said job="" tries=0
     cd "$EXERCISE" || return 1
-    until said=$(sbatch --parsable --export=ALL worker_node_raytune_asha_hpo.slurm "$RUN_DIR" "$JOB" 2>&1); do
+    until said=$(sbatch --parsable --export=ALL --chdir="$EXERCISE" \
+        worker_node_raytune_asha_hpo.slurm "$RUN_DIR" "$JOB" 2>&1); do
         { is_busy "$said" && ((++tries < 10)); } || break
         say "sbatch: $(tail -n 1 <<<"$said"); trying again" >&2
         sleep 5                                        # it may have been submitted all the same
@@ -267,7 +268,7 @@ how_to_look_inside() {                                 # ready to paste on your 
     port=$(grep -o '127\.0\.0\.1:[0-9]*' "$RAY_LOG" | head -n 1 | cut -d: -f2) || return 0
     say "dashboard: ssh -N -L 8265:127.0.0.1:$port $jump$(id -un)@$(hostname)"
     say "           then open http://localhost:8265; it asks for the token in $RUN_DIR/token"
-    say "curves: tensorboard --logdir $RUN_DIR/tune"
+    say "curves: $(command -v python) -m tensorboard.main --logdir $RUN_DIR/tune"
 }
 
 say_how_it_ended() {                                   # say_how_it_ended STATUS: and how to continue
