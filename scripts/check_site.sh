@@ -13,7 +13,7 @@ set -uo pipefail
 NODE_THREADS=500                                             # of Ray on a node [80; head 153]; ulimit -u counts threads
 TRIAL_THREADS=300                                            # of a trial with two workers [130, in 4 processes]
 
-REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+REPO=$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 SITE=$REPO/experiments/site.sh
 EXERCISE=$REPO/experiments/raytune/scheduler/asha
 HEAD=$EXERCISE/head_node_raytune_asha_hpo.slurm
@@ -257,7 +257,7 @@ await_node() {                                               # await_node ROLE: 
         failed "$role node: its job ended early: $(last "$(<"$RUN_DIR/$role.out")")" "experiments/site.sh"
     else
         failed "shared folder: nothing of the $role node (${STATE[$role]}) arrives in $RUN_DIR" \
-            "the repository on another file system, which all nodes see"
+            "the repository on a file system that all nodes see, by this path: $(cd -P "$EXERCISE" && pwd)"
     fi
     arrived "up-$role"
 }

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import requests
 from conftest import HEAD, SMALL, SPACE, copy_of_the_course, job_of, left_by, pids, wait_for
+from this_node import own_address
 
 NOBODY = 65534
 WAYS = 5  # to the files
@@ -57,6 +58,7 @@ def running(demo, tmp_path_factory):
     # One long trial, so that no process comes or goes meanwhile.
     environ = os.environ | SPACE | SMALL | {"NUM_SAMPLES": "1", "NUM_EPOCHS": "10000", "WORKERS_PER_TRIAL": "2"}
     environ |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+    environ |= {"NODE_ADDRESS": own_address([])}  # as on a cluster: with 127.0.0.1 nothing is open to the network
     with log.open("w") as output:
         head = subprocess.Popen(["bash", HEAD], cwd=course, env=environ, umask=0, stdout=output,
                                 stderr=subprocess.STDOUT)  # fmt: skip

@@ -107,6 +107,41 @@ def test_where_a_script_cannot_run_one_line_says_so(script, tmp_path):
         assert re.fullmatch(said, refusal("slurm_script", tmp_path))
 
 
+@pytest.mark.parametrize("script", [*JOB_FILES, REPO / "scripts/quickstart.sh", REPO / "experiments/site.sh"],
+                         ids=lambda path: path.name)  # fmt: skip
+def test_windows_line_ends_are_named_in_one_line(script, tmp_path):
+    (tmp_path / script.name).write_bytes(script.read_bytes().replace(b"\n", b"\r\n"))
+    run = subprocess.run(["bash", script.name], cwd=tmp_path, text=True, check=False, capture_output=True, timeout=60)
+    assert run.returncode == 1 and re.fullmatch("ERROR: Windows line ends; .*\n", run.stdout + run.stderr)
+
+
+def test_an_environment_whose_python_this_node_lacks_is_named_in_one_line(tmp_path):
+    (tmp_path / "scripts").symlink_to(REPO / "scripts")
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to("/none/bin/python3.12")
+    for name in ("requirements.txt", ".venv/installed_requirements.txt"):
+        (tmp_path / name).touch()
+    for command in ("choose_python", 'bash "$REPO/scripts/setup_env.sh"'):
+        status, (line,) = shell(command, REPO=str(tmp_path), SLURMD_NODENAME="n1")
+        said = r"ERROR: n1: .* No such file or directory \(/none/bin/python3.12\); .*: rm -rf .*; PYTHON=.*"
+        assert status == 1 and re.fullmatch(said, line)
+
+
+def test_paths_keep_the_names_that_the_user_sees(tmp_path, course, monkeypatch, checks):
+    """Other nodes may not have what lies behind a link: an automounter's folder, for one."""
+    home = tmp_path / "home"
+    home.symlink_to(course.parents[3])
+    for folder in ("experiments/raytune/scheduler/asha", "experiments/raytune_hpo/raytune_asha_scheduler"):
+        environ = os.environ | {"PWD": str(home / folder), "LR_LOWER": "none"}
+        run = subprocess.run(["bash", HEAD], cwd=home / folder, env=environ, text=True, check=False,
+                             stdout=subprocess.PIPE, timeout=60)  # fmt: skip
+        assert run.returncode == 2 and f"| Python: {home}/.venv/bin/python\n" in run.stdout
+    monkeypatch.chdir(home / "scripts")
+    for pwd, found in {home: home / "tests", tmp_path: tmp_path / "tests", "": tmp_path / "tests"}.items():
+        monkeypatch.setenv("PWD", f"{pwd}/scripts")
+        assert checks.read_value("MODEL_NAME", "../tests") == str(found)
+
+
 # ---- What limits a process ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("cgroup, files, cpus", [
     ("0::/\n", {"cpu.max": "200000 100000"}, 2),  # a container, version 2
@@ -189,9 +224,10 @@ def test_a_slurm_that_stays_silent_is_asked_again_and_a_wrong_question_is_not(tm
 
 
 NETWORK = """ip link set lo up
-for name in docker0 eth0
-do ip link add $name type veth peer name to-$name; ip link set $name up; ip link set to-$name up
-done; ip address add 172.17.0.1/16 dev docker0; ip address add $OWN dev eth0 $NODAD"""
+for name in docker0 eth0; do
+    ip link add $name type veth peer name to-$name; ip link set $name up; ip link set to-$name up
+done
+ip address add 172.17.0.1/16 dev docker0; ip address add $OWN dev eth0 $NODAD"""
 
 
 @pytest.mark.parametrize("node_addr, own, head, address", [
@@ -205,8 +241,8 @@ done; ip address add 172.17.0.1/16 dev docker0; ip address add $OWN dev eth0 $NO
 ])  # fmt: skip
 def test_the_address_of_a_node_is_one_that_others_reach(tmp_path, node_addr, own, head, address):
     """Never that of docker0, which comes first, or its name's, which only this node reaches."""
-    path = stand_in(tmp_path, scontrol=f"echo NodeName=n1 NodeAddr={node_addr} x",
-                    sinfo=f"echo {node_addr}; echo 10.0.0.1")  # fmt: skip
+    nodes = f"echo {node_addr}; echo 10.0.0.1"
+    path = stand_in(tmp_path, scontrol=f"echo NodeName=n1 NodeAddr={node_addr} x", sinfo=nodes)
     commands = f"{NETWORK}; HEAD_ADDRESS={head}; node_address"
     node = {"PATH": path, "SLURM_JOB_ID": "7", "OWN": own, "NODAD": "nodad" if ":" in own else ""}
     assert shell(commands, "slurm_script", within=("unshare", "-rn"), **node) == (0, [address])

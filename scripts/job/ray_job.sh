@@ -238,6 +238,8 @@ prepare_ray() {                                        # environment, folder and
     # shellcheck disable=SC2046  # no word, or one
     prepare_cluster "$NODE_ADDRESS" $(head_host)
     prepare_training
+    # For 127.0.0.1 Ray takes an address of the network of the day, unless it is told that no other node will come.
+    [[ $NODE_ADDRESS != 127.0.0.1 ]] || on_slurm || export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
     # Unix sockets allow 107 characters, of which Ray needs about 60: a short folder, on a local disk, ours alone. Ray
     # opens its own folder to all users, so that one lies inside. What libraries leave behind goes with it.
     RAY_TMP=$(mktemp -d "/tmp/ray_$JOB.XXXX")
