@@ -10,7 +10,7 @@
 # status 0 only if a run would find all that it needs; 2 with one line for each thing that is wrong.
 set -euo pipefail
 
-REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+REPO=$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 CHECK=$REPO/scripts/job/check_inputs.py
 
 fail() {
@@ -23,9 +23,10 @@ case ${1:-} in
     -*) fail "$1: no such option; see: bash scripts/prefetch.sh --help" ;;
 esac
 (($# <= 1)) || fail "$*: give one folder, in quotes if its name has spaces"
-FOLDER=$(realpath -m -- "${1:-$REPO/prefetched}")
-[[ ! -x $REPO/.venv/bin/python ]] || PATH=$REPO/.venv/bin:$PATH
-command -v python >/dev/null || fail "no python found; run: bash scripts/setup_env.sh"
+FOLDER=${1:-$REPO/prefetched}
+# shellcheck source=SCRIPTDIR/job/environment.sh
+source "$REPO/scripts/job/environment.sh"
+choose_python
 unset RESUME                                                 # of a run that is to be continued; it has its own settings
 export ON_SLURM=later                                        # trials will run on Slurm's nodes: not too large for this one
 
@@ -33,6 +34,7 @@ settings=$(python "$CHECK" --get MODEL_NAME SQUAD_DATA)      # checks all variab
 { read -r MODEL_NAME; read -r SQUAD_DATA; } <<<"$settings"
 { mkdir -p "$FOLDER" && [[ -w $FOLDER ]]; } 2>/dev/null ||
     fail "FOLDER='$FOLDER': cannot be made or written to; give another one"
+FOLDER=$(CDPATH="" cd "$FOLDER" && pwd)
 exec 9>"$FOLDER/.lock"                                       # two at once take turns
 flock --nonblock --conflict-exit-code 75 9 2>/dev/null || (($? != 75)) || {   # other failures: no locks on this file system
     echo "waiting for another prefetch.sh that fills $FOLDER, at most an hour" >&2

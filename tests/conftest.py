@@ -125,7 +125,7 @@ def slurm(tmp_path_factory):
 
 def start_ray(*options, log, environ):
     """A plain `ray start`, in a process group of its own; what it prints goes to the file `log`."""
-    command = [Path(sys.executable).parent / "ray", "start", "--block", "--disable-usage-stats", *options]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *options]
     with open(log, "w") as output:
         return subprocess.Popen([*command, "--node-ip-address=127.0.0.1"], env=environ, stdout=output,
                                 stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
@@ -179,7 +179,9 @@ def copy_of_the_course(tmp_path):
     for folder in ("scripts", "experiments", "tests"):
         shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True, ignore=made_by_runs)
     shutil.copy(REPO / "requirements.txt", tmp_path)
-    (tmp_path / ".venv").symlink_to(REPO / ".venv")
+    (tmp_path / ".venv/bin").mkdir(parents=True)  # of its commands only python runs, as in a clone that has moved
+    for name in ("bin/python", "lib", "pyvenv.cfg", "installed_requirements.txt"):
+        (tmp_path / ".venv" / name).symlink_to(REPO / ".venv" / name)
     return tmp_path / EXERCISE.relative_to(REPO)
 
 

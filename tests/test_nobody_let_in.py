@@ -16,6 +16,7 @@ import psutil
 import pytest
 import requests
 from conftest import HEAD, SMALL, SPACE, copy_of_the_course, job_of, left_by, pids, wait_for
+from this_node import own_address
 
 NOBODY = 65534
 WAYS = 5  # to the files
@@ -57,6 +58,7 @@ def running(demo, tmp_path_factory):
     # One long trial, so that no process comes or goes meanwhile.
     environ = os.environ | SPACE | SMALL | {"NUM_SAMPLES": "1", "NUM_EPOCHS": "10000", "WORKERS_PER_TRIAL": "2"}
     environ |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+    environ |= {"NODE_ADDRESS": own_address([])}  # as on a cluster: with 127.0.0.1 nothing is open to the network
     with log.open("w") as output:
         head = subprocess.Popen(["bash", HEAD], cwd=course, env=environ, umask=0, stdout=output,
                                 stderr=subprocess.STDOUT)  # fmt: skip
@@ -126,7 +128,7 @@ def grpc_answers(ip, port):
 
 
 def test_each_port_of_a_run_is_known_and_wants_the_token(running):
-    """All but those between the processes of one training, which are torch's own: it knows no token."""
+    """All but those between the processes of one training: torch knows no token, so they listen on loopback alone."""
     run_dir, _, job = running
     token = (run_dir / "head-1/token").read_text()
     kinds = []
@@ -135,6 +137,7 @@ def test_each_port_of_a_run_is_known_and_wants_the_token(running):
                  "raytune_asha_hpo.py", "ray.util.client.server", "ray::")  # fmt: skip
         kinds.append(next((kind for kind in known if kind in command), command))
         if "ray::TrainingProcess" in command and port >= 20000:  # Ray gives its processes ports from 10002 to 19999
+            assert ip == "127.0.0.1"
             continue
         ip = "127.0.0.1" if ip in ("::", "0.0.0.0") else ip.removeprefix("::ffff:")
         said = grpc_answers(ip, port)
