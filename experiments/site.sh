@@ -4,6 +4,7 @@
 #   bash experiments/site.sh             # writes account, partition and constraint into the four .slurm files
 #   bash experiments/site.sh --check     # do these files agree with it? If not: their names, exit status 1
 #
+[[ $(<"${BASH_SOURCE[0]}") != *$'\r'* ]] || { echo "ERROR: Windows line ends; dos2unix site.sh"; exit 1; }  # \r
 # The jobs source this file, before `set -euo pipefail`, under which conda and modules break. But sbatch reads only the
 # #SBATCH lines of the .slurm file itself, and skips those with ##SBATCH; so they are written there. Options of sbatch
 # and SBATCH_ variables still override them. CPUs, GPUs and time differ between the jobs: EDIT lines in each file.
@@ -20,7 +21,7 @@ SITE_CONSTRAINT="v100"                   # your site's name for the GPU type (si
 # first. Otherwise activate it here; a CUDA module is not needed.
 # source "$HOME/miniforge3/bin/activate" bloom_hpo           # conda
 # source "$HOME/venvs/bloom_hpo/bin/activate"                # another virtual environment
-# CONTAINER="apptainer exec --nv --bind /tmp,$HOME $HOME/bloom_hpo.sif"   # python, ray and torchrun in a container
+# CONTAINER="apptainer exec --nv --bind /tmp,$HOME $HOME/bloom_hpo.sif"   # python in a container
 # NODE_ADDRESS=$(ip -4 -o addr show ib0 | awk '{ sub("/.*", "", $4); print $4 }')   # nodes reach each other at ib0 only
 # ---- end of EDIT ----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ set -uo pipefail
 NODE_THREADS=500                                             # of Ray on a node [80; head 153]; ulimit -u counts threads
 TRIAL_THREADS=300                                            # of a trial with two workers [130, in 4 processes]
 
-REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+REPO=$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 SITE=$REPO/experiments/site.sh
 EXERCISE=$REPO/experiments/raytune/scheduler/asha
 HEAD=$EXERCISE/head_node_raytune_asha_hpo.slurm
@@ -172,8 +172,8 @@ has_port()        { [[ -s $RUN_DIR/port-$1 ]]; }
 listening()       { has_port "$ROLE" || ! kill -0 $! 2>/dev/null; }
 called_or_ended() { has_port "$1" || arrived "done-$1"; }
 LISTEN='import socket, sys
-server = socket.create_server((sys.argv[1], 0))
-print(*server.getsockname(), flush=True)
+server = socket.create_server((sys.argv[1], 0), family=socket.getaddrinfo(sys.argv[1], 0)[0][0])
+print(*server.getsockname()[:2], flush=True)
 while True: server.accept()[0].sendall(sys.argv[2].encode())'
 
 check_address() {                                            # others can call it only if it is one of this node's
@@ -258,7 +258,7 @@ await_node() {                                               # await_node ROLE: 
         failed "$role node: its job ended early: $(last "$(<"$RUN_DIR/$role.out")")" "experiments/site.sh"
     else
         failed "shared folder: nothing of the $role node (${STATE[$role]}) arrives in $RUN_DIR" \
-            "the repository on another file system, which all nodes see"
+            "the repository on a file system that all nodes see, by this path: $(cd -P "$EXERCISE" && pwd)"
     fi
     arrived "up-$role"
 }

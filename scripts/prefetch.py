@@ -109,7 +109,7 @@ def main():
     for name in ("model", "data", "folder"):
         parser.add_argument(name, metavar=name.upper())
     a = parser.parse_args()
-    folder = Path(a.folder).resolve()
+    folder = Path(a.folder).absolute()
     # What libraries keep on the way goes there too: home folders have small quotas.
     kept = {"HF_HUB_CACHE": "hub", "HF_DATASETS_CACHE": "datasets", "HF_XET_CACHE": "xet"}
     os.environ |= {name: f"{folder}/.cache/{where}" for name, where in kept.items()}

@@ -10,7 +10,7 @@
 # status 0 only if a run would find all that it needs; 2 with one line for each thing that is wrong.
 set -euo pipefail
 
-REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+REPO=$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 CHECK=$REPO/scripts/job/check_inputs.py
 
 fail() {
@@ -23,7 +23,7 @@ case ${1:-} in
     -*) fail "$1: no such option; see: bash scripts/prefetch.sh --help" ;;
 esac
 (($# <= 1)) || fail "$*: give one folder, in quotes if its name has spaces"
-FOLDER=$(realpath -m -- "${1:-$REPO/prefetched}")
+FOLDER=${1:-$REPO/prefetched}
 set +eu                                                      # conda and modules break under it
 # shellcheck source=SCRIPTDIR/../experiments/site.sh
 source "$REPO/experiments/site.sh"                           # the environment of the jobs
@@ -38,6 +38,7 @@ settings=$(python "$CHECK" --get MODEL_NAME SQUAD_DATA)      # checks all variab
 { read -r MODEL_NAME; read -r SQUAD_DATA; } <<<"$settings"
 { mkdir -p "$FOLDER" && [[ -w $FOLDER ]]; } 2>/dev/null ||
     fail "FOLDER='$FOLDER': cannot be made or written to; give another one"
+FOLDER=$(CDPATH="" cd "$FOLDER" && pwd)
 exec 9>"$FOLDER/.lock"                                       # two at once take turns
 flock --nonblock --conflict-exit-code 75 9 2>/dev/null || (($? != 75)) || {   # other failures: no locks on this file system
     echo "waiting for another prefetch.sh that fills $FOLDER, at most an hour" >&2

@@ -3,9 +3,10 @@
 #
 #   bash scripts/quickstart.sh
 #   NUM_SAMPLES=4 LR_UPPER=1e-2 bash scripts/quickstart.sh       # every variable of the exercise works here too
+[[ $(<"$0") != *$'\r'* ]] || { echo "ERROR: Windows line ends; clone on Linux, or dos2unix $0" >&2; exit 1; }  # \r
 set -euo pipefail
 
-REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+REPO=$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then
     sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0

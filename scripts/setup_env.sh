@@ -5,7 +5,7 @@
 #   PYTHON=python3.12 bash scripts/setup_env.sh
 set -euo pipefail
 
-REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+REPO=$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 STAMP=$REPO/.venv/installed_requirements.txt                 # a copy of what was installed, written last
 
@@ -23,8 +23,8 @@ make_venv() {
     "$PYTHON" -m venv "$REPO/.venv" >"$REPO/.venv.log" 2>&1
 }
 
-[[ $OSTYPE == linux* ]] ||
-    fail "OSTYPE=$OSTYPE: this runs on Linux only; on Windows use WSL2, on a Mac another machine"
+# shellcheck source=SCRIPTDIR/job/environment.sh
+source "$REPO/scripts/job/environment.sh"
 exec 9>"$REPO/.venv.lock"                                    # two at once take turns, where there are locks
 flock 9 2>/dev/null || true
 if ! cmp -s "$REPO/requirements.txt" "$STAMP"; then
@@ -47,4 +47,5 @@ if ! cmp -s "$REPO/requirements.txt" "$STAMP"; then
             "$(grep -m1 -i error "$REPO/.venv.log" || tail -n1 "$REPO/.venv.log")"
     cp "$REPO/requirements.txt" "$STAMP"
 fi
+check_venv
 echo "environment ready: $REPO/.venv" >&2

@@ -107,12 +107,16 @@ def squad(demo):
     return real if real.is_dir() else demo / "squad"
 
 
+SANDBOX = Path(f"/tmp/ms.{os.getpid()}")
+
+
 @pytest.fixture(scope="session")
-def slurm():
+def slurm(tmp_path_factory):
     """Environment that points to a real Slurm of this test run's own."""
     # Several such runs go on at once, and their jobs are found by their numbers.
-    first_job = 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) + 1
-    environ = os.environ | {"MINI_SLURM_DIR": f"/tmp/ms.{os.getpid()}", "MINI_SLURM_FIRST_JOB": str(first_job)}
+    variables = {"MINI_SLURM_DIR": str(SANDBOX), "MINI_SLURM_FIRST_JOB": str(os.getpid() % 9000 * 1000 + 1),
+                 "MINI_SLURM_SHARED": f"{tmp_path_factory.getbasetemp()}:{REPO.parent}/shared"}  # fmt: skip
+    environ = os.environ | variables
     sandbox = ["bash", REPO / "tests/mini_slurm.sh"]
     up = subprocess.run([*sandbox, "up"], env=environ, text=True, stdout=subprocess.PIPE, check=True, timeout=600)
     yield environ | {"SLURM_CONF": up.stdout.split("=", 1)[1].strip()}
@@ -121,7 +125,7 @@ def slurm():
 
 def start_ray(*options, log, environ):
     """A plain `ray start`, in a process group of its own; what it prints goes to the file `log`."""
-    command = [Path(sys.executable).parent / "ray", "start", "--block", "--disable-usage-stats", *options]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *options]
     with open(log, "w") as output:
         return subprocess.Popen([*command, "--node-ip-address=127.0.0.1"], env=environ, stdout=output,
                                 stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
@@ -175,7 +179,9 @@ def copy_of_the_course(tmp_path):
     for folder in ("scripts", "experiments", "tests"):
         shutil.copytree(REPO / folder, tmp_path / folder, symlinks=True, ignore=made_by_runs)
     shutil.copy(REPO / "requirements.txt", tmp_path)
-    (tmp_path / ".venv").symlink_to(REPO / ".venv")
+    (tmp_path / ".venv/bin").mkdir(parents=True)  # of its commands only python runs, as in a clone that has moved
+    for name in ("bin/python", "lib", "pyvenv.cfg", "installed_requirements.txt"):
+        (tmp_path / ".venv" / name).symlink_to(REPO / ".venv" / name)
     return tmp_path / EXERCISE.relative_to(REPO)
 
 
@@ -213,7 +219,8 @@ class Cluster:
         return self("sbatch", "--parsable", HEAD, **variables).strip()
 
     def job(self, job):
-        words = self("scontrol", "show", "job", job).split()
+        records = self("scontrol", "show", "job", "-o", job).splitlines()  # of an array: all its tasks'
+        (words,) = (record.split() for record in records if record.startswith(f"JobId={job} "))
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for_end(self, job, seconds):
@@ -228,10 +235,25 @@ class Cluster:
     def workers(self, job):
         return re.findall(r"submitted worker \d+/\d+: job (\d+)", self.log(job))
 
+    def trouble(self, *what):
+        """trouble("cut", "worker1") and so on: see mini_slurm.sh. Only of machines."""
+        return self("bash", REPO / "tests/mini_slurm.sh", *what)
+
 
 @pytest.fixture
 def cluster(slurm, course):
     return Cluster(slurm, course)
+
+
+@pytest.fixture
+def machines(cluster):
+    """A cluster whose nodes are machines of their own."""
+    if not (SANDBOX / "nodes").exists():
+        pytest.skip("no machines can be made here: all nodes are this one")
+    yield cluster
+    cluster.trouble("thaw")
+    for node in ("head", "worker1", "worker2"):
+        cluster.trouble("heal", node)
 
 
 def pids(*marks):
@@ -264,11 +286,12 @@ def users_of(folder):
 
 
 def left_by(*jobs):
-    """What jobs have left behind: command lines of processes, also of one that has lost its mark, and folders."""
+    """What jobs have left behind on all nodes: command lines of processes, also without their mark, and folders."""
     found = pids(*(f" {role} {job}" for job in jobs for role in ("head", "worker")))
     found += [pid for job in jobs for pid in users_of(f"/tmp/ray_{job}.")]
     commands = filter(None, map(command_of, found))  # one without is about to be gone: its files are closed last
-    return [*commands, *(folder for job in jobs for folder in glob.glob(f"/tmp/ray_{job}.*"))]
+    roots = ("/tmp", *glob.glob(f"{SANDBOX}/nodes/*/tmp"))
+    return [*commands, *(folder for root in roots for job in jobs for folder in glob.glob(f"{root}/ray_{job}.*"))]
 
 
 def nothing_is_left(cluster, *jobs, seconds=60):

@@ -11,20 +11,20 @@
 # another user's only that user. MINI_SLURM_FIRST_JOB: the number of its first job (default: after the last that has a
 # log in this repository, so that no job writes into another's files).
 #
-# Started by root where Linux lets it make namespaces, each node is a machine of its own: address, network, processes,
-# hostname, /tmp, /dev/shm, /etc/hosts. What a cluster shares they share: all folders but /tmp, and in it the repository
-# and those of MINI_SLURM_SHARED (between colons). Elsewhere all nodes are this machine. Machines can be troubled:
+# Where root can make namespaces, each node is a machine of its own: address, network, processes, hostname, /etc/hosts,
+# /dev/shm, /tmp (from outside: MINI_SLURM_DIR/nodes/NAME/tmp). All else is shared, and in /tmp the repository and the
+# folders of MINI_SLURM_SHARED (colons between them). Elsewhere all nodes are this machine. Trouble for machines:
 #
 #   ... on worker1 COMMAND...               # run it on that node
 #   ... cut worker1 | heal worker1          # pull its network cable; plug it in again
 #   ... power-off worker1 | restart worker1 # all its processes end at once; it starts again, with an empty /tmp
-#   ... lag worker1 FOLDER SECONDS          # a shared folder as by NFS: what is known of a file, or that there is none,
-#                                           # is believed so long; package bindfs. Running jobs do not notice
-#   ... freeze | thaw                       # slurmctld answers nothing; it answers again
+#   ... lag worker1 FOLDER SECONDS          # a shared folder as by NFS: what is known of a file, also that there is
+#                                           # none, is believed for so long; needs package bindfs
+#   ... freeze | thaw                       # slurmctld answers nobody; it answers again
 set -euo pipefail
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-KILL_WAIT=5                             # seconds from SIGTERM to SIGKILL when a job is cancelled
+KILL_WAIT=10                            # seconds from SIGTERM to SIGKILL when a job is cancelled
 DIR=${MINI_SLURM_DIR:-/tmp/mini_slurm.$UID}
 PATH=$PATH:/usr/sbin:/sbin              # where the daemons are, and a normal user's PATH is not
 
@@ -64,101 +64,103 @@ last_job() {        # the highest job id among the logs of this repository, or n
 }
 
 # ---- Nodes as machines ------------------------------------------------------------------------------------------------
-NODES=(head worker1 worker2)            # with the addresses $NETWORK.2, .3 and .4; the machine outside is .1, login
+# The switch between them is in slurmctld's network, with a cable to this machine, interface ms<number>: all of it goes
+# with the processes, whatever ends them.
+NODES=(head worker1 worker2)
+MACHINE=(--net --uts --ipc --pid --mount)   # the namespaces that make one
 
-make_network() {    # sets NETWORK and BRIDGE of this sandbox; 1, and both empty: no namespaces or no bridge to be had
-    local i
-    NETWORK="" BRIDGE=""
-    (( EUID == 0 )) && unshare --net --uts --ipc --pid --mount --fork true 2>/dev/null || return 1
-    for (( i = 1; i < 255; i++ )); do
-        [[ ! -e /sys/class/net/ms$i ]] || continue
-        ip link add "ms$i" type bridge 2>/dev/null || { [[ -e /sys/class/net/ms$i ]] && continue; return 1; }
-        NETWORK=10.77.$i BRIDGE=ms$i
-        ip addr add "$NETWORK.1/24" dev "$BRIDGE"
-        ip link set "$BRIDGE" up
-        echo "$NETWORK $BRIDGE" >"$DIR/network"
-        return 0
+take_network() {    # sets NETWORK, the number of one that no other sandbox has; 1: no machines to be had here
+    (( EUID == 0 )) && unshare "${MACHINE[@]}" --mount-proc --fork bash -ec \
+        'mount -t tmpfs tmpfs /dev/shm; ip link add eth0 type veth; ip link add switch type bridge' || return 1
+    for NETWORK in {1..254}; do
+        ! ip link add "ms$NETWORK" type veth peer name "ms$NETWORK-switch" || return 0
     done
+    return 1
+} 2>/dev/null
+
+address_of() { sed -nE "s/^NodeName=$1 NodeAddr=(10\.77\.[0-9.]+) .*/\1/p" "$SLURM_CONF" | grep .; }  # 1: no machine
+at_switch()  { nsenter --net="/proc/$(<"$DIR/run/slurmctld.pid")/ns/net" "$@"; }
+
+# shellcheck disable=SC2016  # in '...', $1 and so on are those of the shell that runs it
+start_switch() {    # and slurmctld
+    start slurmctld unshare --net bash -euc '
+        nsenter --net="/proc/$PPID/ns/net" ip link set "ms$1-switch" netns $$
+        ip link add switch type bridge
+        ip addr add "10.77.$1.254/24" dev switch
+        ip link set "ms$1-switch" master switch
+        for device in switch "ms$1-switch" lo; do ip link set "$device" up; done
+        exec slurmctld -D -f "$2"' bash "$NETWORK" "$SLURM_CONF"
+    ip addr add "10.77.$NETWORK.1/24" dev "ms$NETWORK"
+    ip link set "ms$NETWORK" up
 }
 
-known_network()     { NETWORK="" BRIDGE=""; [[ ! -s $DIR/network ]] || read -r NETWORK BRIDGE <"$DIR/network"; }
-on() {              # on NAME COMMAND...
-    NODE=$1
-    ! is_off || die "node $1 is off; mini_slurm.sh restart $1"
-    nsenter --target "$(<"$DIR/run/$1.init")" --net --uts --ipc --pid --mount -- "${@:2}"
-}
-has_booted()        { [[ -s $DIR/run/$NODE.init ]]; }
-is_off()            { [[ ! -d /proc/$(<"$DIR/run/$NODE.init") ]]; }
-
-start_node() {      # start_node NAME: a machine without slurmd
-    local i home=$DIR/nodes/$1
-    NODE=$1
-    rm -rf "$home" "$DIR/run/$1.init"
+# shellcheck disable=SC2016
+start_machine() {   # start_machine NAME ADDRESS: and its slurmd
+    local name home=$DIR/nodes/$1
+    rm -rf "$home" "$DIR/run/slurmd-$1.pid"
     mkdir -p "$home"
     mkdir -m 1777 "$home/tmp"
     {
-        printf '127.0.0.1 localhost\n127.0.1.1 %s\n%s.1 login\n' "$1" "$NETWORK"    # its own name as in Debian's
-        for i in "${!NODES[@]}"; do [[ ${NODES[i]} == "$1" ]] || echo "$NETWORK.$(( i + 2 )) ${NODES[i]}"; done
+        printf '127.0.0.1 localhost\n127.0.1.1 %s\n%s.1 login\n' "$1" "${2%.*}"     # its own name as in Debian's
+        for name in "${NODES[@]}"; do [[ $name == "$1" ]] || echo "$(address_of "$name") $name"; done
     } >"$home/hosts"
-    # Its first process: when that is killed, Linux ends all others of the machine.
-    # shellcheck disable=SC2016  # $1 and so on are those of the shell inside
-    setsid unshare --net --uts --ipc --pid --mount --fork bash -euc '
+    # This shell is the machine's first process: when it ends, Linux ends all others.
+    start "$1" unshare "${MACHINE[@]}" --fork --kill-child bash -euc '
         read -r pid _ </proc/self/stat      # as the machine outside counts
+        echo "$pid" >"$4/run/$1.init"
+        ip link add eth0 type veth peer name "$1" netns "/proc/$5/ns/net"
+        nsenter --net="/proc/$5/ns/net" ip link set "$1" master switch up
+        ip addr add "$2/24" dev eth0
+        for device in eth0 lo; do ip link set "$device" up; done
         hostname "$1"
         mount -t proc proc /proc
         mount -t tmpfs -o mode=1777 tmpfs /dev/shm
-        mount --bind "$2/hosts" /etc/hosts
+        mount --bind "$3/hosts" /etc/hosts
         IFS=:
-        for folder in $4; do
+        for folder in $6; do
             [[ -d $folder && $folder == /tmp/* ]] || continue
-            mkdir -p "$2/tmp/${folder#/tmp/}"
-            mount --rbind "$folder" "$2/tmp/${folder#/tmp/}"
+            mkdir -p "$3/tmp/${folder#/tmp/}"
+            mount --rbind "$folder" "$3/tmp/${folder#/tmp/}"
         done
-        mount --rbind "$2/tmp" /tmp
-        ip link set lo up
-        echo "$pid" >"$3/run/$1.init"
-        trap : TERM
-        while :; do sleep infinity & wait; done' \
-        node "$1" "$home" "$DIR" "$DIR:$REPO:${MINI_SLURM_SHARED:-}" </dev/null >>"$DIR/log/$1.err" 2>&1 9<&- &
-    await_up 10 "node $1 to start" has_booted
-    for i in "${!NODES[@]}"; do
-        [[ ${NODES[i]} == "$1" ]] || continue
-        ip link del "$BRIDGE-$1" 2>/dev/null || true            # that of a machine which is off
-        ip link add "$BRIDGE-$1" type veth peer name eth0 netns "$(<"$DIR/run/$1.init")"
-        ip link set "$BRIDGE-$1" master "$BRIDGE" up
-        on "$1" ip addr add "$NETWORK.$(( i + 2 ))/24" dev eth0
-        on "$1" ip link set eth0 up
-    done
-}
-
-start_slurmd() {    # start_slurmd NAME
-    local machine=()
-    [[ -z $NETWORK ]] || machine=(nsenter --target "$(<"$DIR/run/$1.init")" --net --uts --ipc --pid --mount --)
-    start "$1" "${machine[@]}" slurmd -D -f "$SLURM_CONF" -N "$1"
+        mount --rbind "$3/tmp" /tmp
+        cd "$4"
+        slurmd -D -f "$4/slurm.conf" -N "$1"
+        exit' bash "$1" "$2" "$home" "$DIR" "$(<"$DIR/run/slurmctld.pid")" "$(<"$DIR/shared")"
+    await_up 10 "node $1 to start" test -s "$DIR/run/slurmd-$1.pid"
 }
 
 power_off() {       # power_off NAME
-    NODE=$1
-    kill -s KILL "$(<"$DIR/run/$1.init")" 2>/dev/null || true
-    await 10 is_off || die "node $1 does not go off"
+    runs "$1" || return 0
+    kill -s KILL "$(<"$DIR/run/$1.init")"
+    await 10 ends "$1" || die "node $1 does not go off"
+}
+
+on() {              # on NAME COMMAND...
+    runs "$1" || die "node $1 is off; start it: mini_slurm.sh restart $1"
+    nsenter --target "$(<"$DIR/run/$1.init")" "${MACHINE[@]}" -- "${@:2}"
 }
 
 lag() {             # lag NAME FOLDER SECONDS; 0: no longer
-    on "$1" umount -l "$2" 2>/dev/null || true
+    ! on "$1" grep -q " $2 fuse" /proc/mounts || on "$1" umount -l "$2"
     (( $3 == 0 )) || on "$1" bindfs -o "negative_timeout=$3,entry_timeout=$3,attr_timeout=$3" "$2" "$2"
 }
 
 trouble() {         # trouble VERB [NODE]...
+    local state address=""
     check_folder
-    known_network
-    [[ $1 == freeze || $1 == thaw || -n $NETWORK ]] || die "$1: the nodes of $DIR are no machines of their own"
-    [[ $1 == freeze || $1 == thaw || " ${NODES[*]} " == *" ${2:-} "* ]] || die "$1 ${2:-}: name a node: ${NODES[*]}"
+    runs slurmctld || die "no sandbox is up in $DIR"
+    [[ $1 == freeze || $1 == thaw ]] || address=$(address_of "${2:-}") ||
+        die "$1 ${2:-}: no machine of its own in this sandbox; its nodes: ${NODES[*]}"
     case $1 in
         on)         on "${@:2}" ;;
-        cut)        ip link set "$BRIDGE-$2" down ;;
-        heal)       ip link set "$BRIDGE-$2" up ;;
+        cut)        at_switch ip link set "$2" down ;;
+        heal)       at_switch ip link set "$2" up ;;
         power-off)  power_off "$2" ;;
-        restart)    power_off "$2"; start_node "$2"; start_slurmd "$2" ;;
+        restart)    power_off "$2"
+                    start_machine "$2" "$address"
+                    for state in down resume; do    # by itself Slurm believes for a minute that its jobs still run
+                        timeout 5 scontrol update nodename="$2" state=$state reason="was off" 2>/dev/null || true
+                    done ;;
         lag)        lag "${@:2}" ;;
         freeze)     kill -s STOP "$(<"$DIR/run/slurmctld.pid")" ;;
         thaw)       kill -s CONT "$(<"$DIR/run/slurmctld.pid")" ;;
@@ -167,17 +169,16 @@ trouble() {         # trouble VERB [NODE]...
 
 # ---- Slurm -------------------------------------------------------------------------------------------------------------
 write_config() {
-    local ports i controller=127.0.0.1
-    local address="NodeHostname=localhost NodeAddr=127.0.0.1"
-    local worker="RealMemory=512000 CPUs=20 Weight=10 Gres=gpu:v100:8 Feature=v100"
-    read -ra ports <<<"$(free_ports)"
-    local nodes=("$address Port=${ports[1]}" "$address Port=${ports[2]}" "$address Port=${ports[3]}")
-    if make_network; then
-        controller=$NETWORK.1
-        nodes=("NodeAddr=$NETWORK.2" "NodeAddr=$NETWORK.3" "NodeAddr=$NETWORK.4")
-    fi
+    local ports i controller=127.0.0.1 worker="RealMemory=512000 CPUs=20 Weight=10 Gres=gpu:v100:8 Feature=v100"
+    local at=("127.0.0.1 NodeHostname=localhost"{,,})       # head, worker1, worker2
     touch "$DIR/mini_slurm"             # marks the folder as ours
     chmod 755 "$DIR"
+    read -ra ports <<<"$(free_ports)"
+    NETWORK=""
+    if take_network; then
+        echo "$DIR:$REPO:${MINI_SLURM_SHARED:-}" >"$DIR/shared"
+        controller=10.77.$NETWORK.254 at=("10.77.$NETWORK".{2,3,4})
+    fi
     mkdir "$DIR"/{munge,run,log,gpu,spool} "$DIR"/spool/{head,worker1,worker2}
     mkdir -m 700 "$DIR/state"
     (umask 077; head -c 256 /dev/urandom >"$DIR/munge/key")
@@ -217,29 +218,31 @@ KillWait=$KILL_WAIT
 BatchStartTimeout=60
 MessageTimeout=30
 SlurmdTimeout=30
-NodeName=head ${nodes[0]} RealMemory=512000 CPUs=8 Weight=1
-NodeName=worker1 ${nodes[1]} $worker
-NodeName=worker2 ${nodes[2]} $worker
+NodeName=head NodeAddr=${at[0]} Port=${ports[1]} RealMemory=512000 CPUs=8 Weight=1
+NodeName=worker1 NodeAddr=${at[1]} Port=${ports[2]} $worker
+NodeName=worker2 NodeAddr=${at[2]} Port=${ports[3]} $worker
 PartitionName=batch Nodes=head,worker1,worker2 Default=YES MaxTime=INFINITE State=UP
 END
 }
 
 install_packages() {
-    local tool missing="" policy=/usr/sbin/policy-rc.d
-    for tool in munged munge slurmctld slurmd sbatch squeue sinfo scontrol scancel; do
+    local tool missing="" policy=/usr/sbin/policy-rc.d packages=(slurm-wlm munge iproute2)
+    local tools=(munged munge slurmctld slurmd sbatch squeue sinfo scontrol scancel)
+    (( EUID != 0 )) || tools+=(ip)          # only root makes machines
+    for tool in "${tools[@]}"; do
         command -v "$tool" >/dev/null || missing+=" $tool"
     done
     [[ -n $missing ]] || return 0
     command -v apt-get >/dev/null || die "no apt-get here: install Slurm and munge yourself (missing:$missing)"
-    (( EUID == 0 )) || die "missing$missing; install them with: sudo apt-get install -y slurm-wlm munge"
-    log "installing slurm-wlm and munge (missing:$missing)"
+    (( EUID == 0 )) || die "missing$missing; install them with: sudo apt-get install -y ${packages[*]}"
+    log "installing ${packages[*]} (missing:$missing)"
     if [[ ! -e $policy ]]; then         # Debian's way to say: do not start the services of what is installed now
         trap 'rm -f /usr/sbin/policy-rc.d' EXIT
         install -m 755 <(printf '#!/bin/sh\nexit 101\n') "$policy"
     fi
     export DEBIAN_FRONTEND=noninteractive
     apt-get -o DPkg::Lock::Timeout=300 update -qq </dev/null >&2
-    apt-get -o DPkg::Lock::Timeout=300 install -qq -y --no-install-recommends slurm-wlm munge </dev/null >&2
+    apt-get -o DPkg::Lock::Timeout=300 install -qq -y --no-install-recommends "${packages[@]}" </dev/null >&2
 }
 
 start() {           # start NAME COMMAND...: in the background, in a session of its own; its pid goes to run/NAME.pid
@@ -250,12 +253,9 @@ start() {           # start NAME COMMAND...: in the background, in a session of 
     echo $! >"$DIR/run/$name.pid"
 }
 
-all_running() {     # does each daemon of this folder?
-    local name pid
-    for name in munged slurmctld "${NODES[@]}"; do
-        pid=$(cat "$DIR/run/$name.pid" 2>/dev/null) && grep -qsF -- "$DIR/" "/proc/$pid/cmdline" || return 1
-    done
-}
+runs() { local pid; pid=$(cat "$DIR/run/$1.pid" 2>/dev/null) && grep -qsF -- "$DIR/" "/proc/$pid/cmdline"; }
+ends() { ! runs "$1"; }
+all_running() { local name; for name in munged slurmctld "${NODES[@]}"; do runs "$name" || return 1; done; }
 munge_answers()     { timeout 5 munge --socket="$DIR/munge/socket" --no-input; }
 slurmctld_answers() { timeout 5 scontrol ping; }
 nodes_usable() {    # all three idle or at work; a node that Slurm has set aside is called back
@@ -269,16 +269,16 @@ nodes_usable() {    # all three idle or at work; a node that Slurm has set aside
     (( usable == 3 ))
 }
 
-await() {           # await SECONDS CONDITION: 0 once the condition holds, 1 if that takes longer
+await() {           # await SECONDS CONDITION...: 0 once the condition holds, 1 if that takes longer
     local end=$(( SECONDS + $1 ))
-    until "$2" >/dev/null 2>&1; do
+    until "${@:2}" >/dev/null 2>&1; do
         (( SECONDS < end )) || return 1
         sleep 0.1
     done
 }
 
-await_up() {        # await_up SECONDS WHAT CONDITION: dies if it takes longer
-    await "$1" "$3" || { (cd "$DIR/log" && tail -n 8 ./*.err) >&2; die "waited $1 s for $2"; }
+await_up() {        # await_up SECONDS WHAT CONDITION...: dies if it takes longer
+    await "$1" "${@:3}" || { (cd "$DIR/log" && tail -n 8 ./*.err) >&2; die "waited $1 s for $2"; }
 }
 
 up() {
@@ -295,14 +295,16 @@ up() {
         start munged munged --foreground --force --socket="$DIR/munge/socket" --key-file="$DIR/munge/key" \
             --pid-file="$DIR/run/munged.pid" --seed-file="$DIR/munge/seed"
         await_up 20 "munged to answer" munge_answers
-        start slurmctld slurmctld -D -f "$SLURM_CONF"
-        await_up 30 "slurmctld to answer" slurmctld_answers
-        for name in "${NODES[@]}"; do
-            [[ -z $NETWORK ]] || start_node "$name"
-            start_slurmd "$name"
-        done
+        if [[ -n $NETWORK ]]; then
+            start_switch
+            await_up 30 "slurmctld to answer" slurmctld_answers
+            for name in "${NODES[@]}"; do start_machine "$name" "$(address_of "$name")"; done
+        else
+            start slurmctld slurmctld -D -f "$SLURM_CONF"
+            for name in "${NODES[@]}"; do start "$name" slurmd -D -f "$SLURM_CONF" -N "$name"; done
+        fi
         await_up 30 "all nodes to be idle" nodes_usable
-        log "up in $DIR; the nodes are $([[ -n $NETWORK ]] && echo "machines at $NETWORK.2 to .4" || echo "this machine")"
+        log "up in $DIR; $([[ -n $NETWORK ]] && echo "each node is a machine" || echo "all nodes are this machine")"
     fi
     printf 'export SLURM_CONF=%q\n' "$SLURM_CONF"
 }
@@ -313,7 +315,7 @@ leftovers() {       # prints the pids that belong to this folder: daemons, job s
     while read -r link; do
         pid=${link//[!0-9]/}
         { read -r comm <"/proc/$pid/comm"; } 2>/dev/null || continue
-        [[ $comm != munged && $comm != slurm* ]] || echo "$pid"
+        [[ ! $comm =~ ^(munged|slurm.*|unshare)$ ]] || echo "$pid"
     done < <(find /proc/[0-9]*/cwd -maxdepth 0 \( -lname "$DIR" -o -lname "${DIR}[/ ]*" \) 2>/dev/null)
     # ... and a job's processes, even those that left its process tree, have these two variables.
     { grep -lzsFx "SLURM_CONF=$DIR/slurm.conf" /proc/[0-9]*/environ || true; } |
@@ -324,15 +326,13 @@ signal_leftovers()  { local pid; for pid in $(leftovers); do kill -s "$1" "$pid"
 no_jobs()           { local jobs; jobs=$(timeout 5 squeue --noheader) && [[ -z $jobs ]]; }
 
 stop_everything() { # jobs first and in peace, then the daemons and whatever is left; an empty folder remains
+    local name
     if all_running; then
+        kill -s CONT "$(<"$DIR/run/slurmctld.pid")"     # it may be frozen
         timeout 10 scancel --partition=batch || true
         await $(( KILL_WAIT + 5 )) no_jobs || log "some jobs do not end: killing them"
     fi
-    known_network
-    if [[ -n $NETWORK ]]; then
-        for NODE in "${NODES[@]}"; do [[ ! -s $DIR/run/$NODE.init ]] || power_off "$NODE"; done
-        ip link del "$BRIDGE" 2>/dev/null || true
-    fi
+    for name in "${NODES[@]}"; do [[ ! -s $DIR/run/$name.init ]] || power_off "$name"; done
     signal_leftovers TERM
     await 3 no_leftovers || signal_leftovers KILL
     await 5 no_leftovers || die "these processes do not end: $(leftovers | tr '\n' ' ')"

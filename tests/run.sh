@@ -4,7 +4,7 @@
 #   bash tests/run.sh                       # everything
 #   bash tests/run.sh -k objective          # what follows goes to pytest
 #
-# As root it installs Slurm, shellcheck and Chromium from the distribution's packages if they are missing;
+# As root it installs Slurm, shellcheck, Chromium and bindfs from the distribution's packages if they are missing;
 # else it says how.
 set -euo pipefail
 
@@ -18,7 +18,7 @@ unset LR_LOWER LR_UPPER BS_CHOICES WD_CHOICES WORKER_NODES NUM_SAMPLES NUM_EPOCH
 bash scripts/setup_env.sh
 
 missing=()                                                   # Slurm is installed by mini_slurm.sh
-for tool in shellcheck chromium; do
+for tool in shellcheck chromium bindfs; do
     command -v "$tool" >/dev/null || missing+=("$tool")
 done
 if ((${#missing[@]})); then

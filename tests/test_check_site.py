@@ -74,8 +74,8 @@ ALL_IS_WELL = {
     "login": (*EVERYWHERE, "Slurm: slurm", f"{HEAD}: Slurm takes it", f"{WORKER}: Slurm takes it",
               "bloom_hpo_manual.slurm: Slurm takes it", "save_best.slurm: Slurm takes it",
               "shared folder: the head node's files arrive", "shared folder: the worker node's files arrive"),
-    "head": (*ON_NODES, "jobs can be submitted", r"head -> worker: connected to 127.0.0.1 port \d+"),
-    "worker1": (*ON_NODES, r"worker -> head: connected to 127.0.0.1 port \d+", "GPUs: PyTorch",
+    "head": (*ON_NODES, "jobs can be submitted", r"head -> worker: connected to \S+ port \d+"),
+    "worker1": (*ON_NODES, r"worker -> head: connected to \S+ port \d+", "GPUs: PyTorch",
                 r"capacity: 4 trial\(s\)", r"processes: .* 4 trial\(s\) at once need 1700"),
 }  # fmt: skip
 
@@ -195,7 +195,7 @@ esac""")
     for said in (
         r"FAILED +head +jobs cannot be submitted from this node: not here; fix: PATH in experiments/site.sh",
         r"FAILED +head +head -> worker: 127.0.0.1 port \d+: Connection refused; fix: ",
-        r"FAILED +worker\d +worker -> head: 127.0.0.1 port \d+: Connection refused; fix: ",
+        r"FAILED +worker\d +worker -> head: \S+ port \d+: (Connection refused|Network is unreachable); fix: ",
         r"warning +head +experiments/site.sh: .*module: command not found; fix: ",
     ):
         assert len([line for line in lines if re.match(said, line)]) == 1, said

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,10 +19,11 @@ WORKER = "#SBATCH --gpus-per-node=8\n#SBATCH --constraint=v100\n#SBATCH --cpus-p
 class Sandbox:
     """One in a folder of its own; not tmp_path: that is too long for Slurm's sockets."""
 
-    def __init__(self, script=SCRIPT):
+    def __init__(self, shared="", script=SCRIPT, **variables):
         self.folder, self.program = Path(tempfile.mkdtemp(prefix="ms_", dir="/tmp")), script
         self.env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
-        self.env |= {"MINI_SLURM_DIR": str(self.folder), "SLURM_CONF": str(self.folder / "slurm.conf")}
+        self.env |= {"MINI_SLURM_DIR": str(self.folder), "SLURM_CONF": str(self.folder / "slurm.conf")} | variables
+        self.env["MINI_SLURM_SHARED"] = str(shared)
 
     def script(self, *args):
         command = ["bash", self.program, *args]
@@ -42,13 +44,24 @@ class Sandbox:
         self.wait(job, "COMPLETED")
         return (folder / f"{job}.out").read_text().split()
 
+    def sees(self, node, command):
+        """Does this command of bash succeed on the node?"""
+        return self.script("on", node, "timeout", "2", "bash", "-c", command).returncode == 0
+
 
 @pytest.fixture
-def sandbox():
-    sandbox = Sandbox()
+def sandbox(tmp_path):
+    sandbox = Sandbox(tmp_path)
     assert sandbox.script("up").stdout == f"export SLURM_CONF={sandbox.folder}/slurm.conf\n"
     yield sandbox
     sandbox.script("down")
+
+
+@pytest.fixture
+def machines(sandbox):
+    if not (sandbox.folder / "nodes").exists():
+        pytest.skip("no machines can be made here: all nodes are this one")
+    return sandbox
 
 
 def processes_of(folder):
@@ -91,7 +104,7 @@ def test_two_at_once_and_down_leaves_nothing_of_one(sandbox, tmp_path):
     (tmp_path / "experiments").mkdir()
     for name in ("head-9.out", "worker-0041.out", "head-local-1127-99.out"):
         (tmp_path / "experiments" / name).touch()
-    other = Sandbox(shutil.copy(SCRIPT, tmp_path / "tests"))
+    other = Sandbox(script=shutil.copy(SCRIPT, tmp_path / "tests"))
     assert other.script("up").returncode == 0
     escape = "(setsid sleep 600 &)\n"  # leaves the job's process tree, as daemons do
     assert other.submit(tmp_path, HEAD, escape + "touch tame; sleep 600") == "42"
@@ -100,7 +113,69 @@ def test_two_at_once_and_down_leaves_nothing_of_one(sandbox, tmp_path):
     assert other.script("down").returncode == 0
     assert processes_of(other.folder) == [] and not other.folder.exists()
     assert other.script("down").returncode == 0
-    assert sandbox.run("sinfo", "--noheader", "--format=%D %T") == "3 idle"
+    assert sandbox.run(*IDLE) == "3 idle"
+
+
+IDLE = ("sinfo", "--noheader", "--format=%D %T")
+
+
+@pytest.mark.parametrize("victim", ["munged", "slurmctld", "head", "all"])
+def test_up_after_something_was_killed(sandbox, victim):
+    for file in (sandbox.folder / "run").glob("*.pid" if victim == "all" else f"{victim}.pid"):
+        os.kill(int(file.read_text()), signal.SIGKILL)
+    assert sandbox.script("up").returncode == 0 and sandbox.run(*IDLE) == "3 idle"
+
+
+def test_a_machine_has_its_own_network_processes_and_tmp(machines, tmp_path):
+    (port,) = re.findall(r"Port=(\d+)", machines.run("scontrol", "show", "node", "head"))
+    called = lambda host: f": >/dev/tcp/{host}/{port}"  # slurmd of head answers
+    assert machines.sees("worker1", f"{called('head')} && ! {called('localhost')}")
+    alone = "(( $(cat /proc/[0-9]*/comm | grep -cx 'slurm.*d') == 1 ))"
+    assert machines.sees("head", f"[[ $(hostname) == head ]] && {alone} && >/tmp/mine")
+    assert machines.sees("worker1", f"[[ ! -e /tmp/mine && -d {tmp_path} ]] && {alone}")
+    assert (machines.folder / "nodes/head/tmp/mine").exists()
+    machines.script("cut", "head")
+    assert not machines.sees("worker1", called("head")) and not machines.sees("head", called("login"))
+    machines.script("heal", "head")
+    assert machines.sees("worker1", called("head"))
+
+
+def test_a_machine_that_was_off_comes_back_without_its_job_and_with_an_empty_tmp(machines, tmp_path):
+    there = f"{WORKER}\n#SBATCH --nodelist=worker1"
+    job = machines.submit(tmp_path, there, f"touch /tmp/mine {tmp_path}/ours; exec sleep 600")
+    wait_for((tmp_path / "ours").exists, 30, "the job")
+    machines.script("power-off", "worker1")
+    assert not processes_of(machines.folder / "spool/worker1") and "is off" in machines.script("on", "worker1").stderr
+    machines.script("restart", "worker1")
+    machines.wait(job, "PENDING")  # requeued
+    machines.run("scancel", job)
+    assert "mine" not in machines.output(tmp_path, machines.submit(tmp_path, there, "ls /tmp"))
+
+
+def test_a_folder_that_lags_and_a_controller_that_is_frozen(machines, tmp_path):
+    machines.script("freeze")
+    assert not machines.sees("head", "squeue")
+    machines.script("thaw")
+    wait_for(lambda: machines.sees("head", "squeue"), 15, "an answer")
+    if not shutil.which("bindfs") or not os.path.exists("/dev/fuse"):
+        pytest.skip("no bindfs, or no /dev/fuse")
+    new = tmp_path / "new"
+    machines.script("lag", "worker1", tmp_path, "5")
+    assert not machines.sees("worker1", f"[[ -e {new} ]]")
+    new.touch()
+    assert machines.sees("head", f"[[ -e {new} ]]") and not machines.sees("worker1", f"[[ -e {new} ]]")
+    wait_for(lambda: machines.sees("worker1", f"[[ -e {new} ]]"), 15, "the file on worker1")
+
+
+def test_without_namespaces_all_nodes_are_this_machine(tmp_path):
+    (tmp_path / "unshare").symlink_to("/bin/false")
+    sandbox = Sandbox(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    try:
+        assert "all nodes are this machine" in sandbox.script("up").stderr and sandbox.run(*IDLE) == "3 idle"
+        assert "cut worker1: no machine of its own" in sandbox.script("cut", "worker1").stderr
+        assert sandbox.run("srun", "--nodelist=worker1", "hostname") == os.uname().nodename
+    finally:
+        sandbox.script("down")
 
 
 def test_a_folder_with_other_files_or_that_slurm_cannot_use_is_refused(tmp_path):

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import requests
 from conftest import HEAD, SMALL, SPACE, copy_of_the_course, job_of, left_by, pids, wait_for
+from this_node import own_address
 
 NOBODY = 65534
 WAYS = 5  # to the files
@@ -33,8 +34,9 @@ elif what == "join":
 else:
     if stranger == "yes":
         os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
-    for way in (lambda: os.listdir(run_dir), lambda: open(run_dir + "/token").read(), lambda: os.listdir(ray_tmp),
-                lambda: open(run_dir + "/address").read(), lambda: open(run_dir + "/room", "a").close()):
+    head = run_dir + "/head-1/"
+    for way in (lambda: os.listdir(run_dir), lambda: open(head + "token").read(), lambda: os.listdir(ray_tmp),
+                lambda: open(head + "address").read(), lambda: open(head + "room", "a").close()):
         try:
             print("IN", way())
         except PermissionError as error:
@@ -56,6 +58,7 @@ def running(demo, tmp_path_factory):
     # One long trial, so that no process comes or goes meanwhile.
     environ = os.environ | SPACE | SMALL | {"NUM_SAMPLES": "1", "NUM_EPOCHS": "10000", "WORKERS_PER_TRIAL": "2"}
     environ |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+    environ |= {"NODE_ADDRESS": own_address([])}  # as on a cluster: with 127.0.0.1 nothing is open to the network
     with log.open("w") as output:
         head = subprocess.Popen(["bash", HEAD], cwd=course, env=environ, umask=0, stdout=output,
                                 stderr=subprocess.STDOUT)  # fmt: skip
@@ -74,8 +77,8 @@ def probe(what, run_dir, ray_tmp, stranger):
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "HPO_"))} | {"HOME": "/nonexistent"}
     environ["RAY_NUM_REDIS_GET_RETRIES"] = "2"  # tries, a second each, before Ray gives up
     if not stranger:
-        environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(run_dir / "token")}
-    address = (run_dir / "address").read_text().strip()
+        environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(run_dir / "head-1/token")}
+    address = (run_dir / "head-1/address").read_text().strip()
     command = [sys.executable, "-c", PROBE, what, address, str(run_dir), str(ray_tmp), "yes" if stranger else "no"]
     return subprocess.run(command, env=environ, text=True, check=False, capture_output=True, timeout=120, cwd="/")
 
@@ -125,15 +128,16 @@ def grpc_answers(ip, port):
 
 
 def test_each_port_of_a_run_is_known_and_wants_the_token(running):
-    """All but those between the processes of one training, which are torch's own: it knows no token."""
+    """All but those between the processes of one training: torch knows no token, so they listen on loopback alone."""
     run_dir, _, job = running
-    token = (run_dir / "token").read_text()
+    token = (run_dir / "head-1/token").read_text()
     kinds = []
     for ip, port, command in listening(job):
         known = ("gcs_server", "raylet/raylet", "dashboard/dashboard.py", "ray::DashboardAgent", "ray::RuntimeEnvAgent",
                  "raytune_asha_hpo.py", "ray.util.client.server", "ray::")  # fmt: skip
         kinds.append(next((kind for kind in known if kind in command), command))
         if "ray::TrainingProcess" in command and port >= 20000:  # Ray gives its processes ports from 10002 to 19999
+            assert ip == "127.0.0.1"
             continue
         ip = "127.0.0.1" if ip in ("::", "0.0.0.0") else ip.removeprefix("::ffff:")
         said = grpc_answers(ip, port)
@@ -149,9 +153,9 @@ def test_each_port_of_a_run_is_known_and_wants_the_token(running):
 
 def test_the_token_and_the_folders_are_the_owners_alone_and_the_token_is_nowhere_else(running):
     run_dir, ray_tmp, job = running
-    token = (run_dir / "token").read_text()
+    token = (run_dir / "head-1/token").read_text()
     assert len(token) == 64
-    assert (run_dir / "token").stat().st_mode & 0o777 == 0o600
+    assert (run_dir / "head-1/token").stat().st_mode & 0o777 == 0o600
     assert run_dir.stat().st_mode & 0o077 == 0 and ray_tmp.stat().st_mode & 0o077 == 0
     for pid in pids(f" head {job}"):
         process = psutil.Process(pid)

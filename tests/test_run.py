@@ -59,7 +59,7 @@ def whole_run(slurm, demo, squad, tmp_path_factory):
     cluster = Cluster(slurm, linked_runs(copy_of_the_course(tmp_path_factory.mktemp("course"))))
     variables = {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(squad), "CPUS_PER_WORKER": "4"}
     job = cluster.submit(**HOSTILE | SPACE | SMALL | TWO | variables)
-    file = cluster.folder / "runs" / job / "token"
+    file = cluster.folder / "runs" / job / "head-1/token"
     token = wait_for(lambda: file.exists() and file.read_text(), 60, "the token")
     assert cluster.wait_for_end(job, 900)["JobState"] == "COMPLETED", cluster.log(job)
     return cluster, job, token, [cluster.job(each) for each in (job, *cluster.workers(job))]
@@ -111,8 +111,8 @@ def test_the_exercise_on_the_sandbox(whole_run):
     assert f"forecast: {events['forecast']['text']}" in log and f"===== JOB {job} FINISH : {found['finish']}" in log
 
     # Workers left when they were told to, and nothing is left.
-    assert held[1] - (run_dir / "shutdown.txt").stat().st_mtime < 5
-    assert left_by(job, worker) == [] and not (run_dir / "token").exists()
+    assert held[1] - (run_dir / "head-1/shutdown.txt").stat().st_mtime < 5
+    assert left_by(job, worker) == [] and not (run_dir / "head-1/token").exists()
     of_worker = cluster.log(worker, "worker")
     assert token not in log + of_worker + str(record) + str(end) and "START" in of_worker and "FINISH" in of_worker
 
@@ -215,7 +215,7 @@ def quick_run(tmp_path_factory):
 def test_quickstart(quick_run):
     """One command, no Slurm: six trials on a machine that holds one at a time."""
     course, status, log = quick_run
-    assert status == 0
+    assert status == 0 and "| Ray head at 127.0.0.1:" in log  # nothing of it is open to the network
     job = job_of(log)
     check_log(log, job)
     check_results(log, course / "runs" / job, trials=6, epochs=5)
@@ -264,9 +264,9 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
 
 
 def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(slurm, course, demo, container):
-    """Each with a Ray of its own on this machine, where another user's Ray has taken its usual ports.
+    """One on this machine, where another user's Ray has taken its usual ports.
 
-    One is inside an allocation, as in salloc or from JupyterHub, and has its Python in a container.
+    The other is inside an allocation, as in salloc or from JupyterHub, and has its Python in a container.
     """
     environ = slurm | SPACE | SMALL | {"NUM_SAMPLES": "3", "NUM_EPOCHS": "2"}
     environ |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
@@ -327,4 +327,4 @@ def test_a_laptops_run_that_is_interrupted_or_whose_terminal_is_closed_leaves_no
     assert f"ended with exit status {status}" in log and re.search(r"FINISH : .* =====\n\Z", log)
     (finished,) = events_of(course / "runs" / job, "finished")
     assert finished["status"] == status
-    assert left_by(job) == [] and not (course / "runs" / job / "token").exists()
+    assert left_by(job) == [] and not (course / "runs" / job / "head-1/token").exists()

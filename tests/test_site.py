@@ -20,13 +20,14 @@ JOB_FILES = [EXERCISE / HEAD, MANUAL / "bloom_hpo_manual.slurm", MANUAL / "save_
 SCRIPTS = [*JOB_FILES, *(REPO / f"scripts/{name}.sh" for name in ("quickstart", "setup_env", "check_site"))]
 
 
-def shell(commands, name="bash", **variables):
+def shell(commands, name="bash", within=(), **variables):
     """Commands in a shell that has the functions of a head job -> (exit status, lines)."""
     source = 'ROLE=head; for file in ray_job watch_run; do source "$REPO/scripts/job/$file.sh"; done'
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
     environ = kept | {"REPO": str(REPO)} | variables
-    run = subprocess.run(["bash", "-c", f"{source}; set -euo pipefail; {commands}", name], env=environ, text=True,
-                         check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)  # fmt: skip
+    command = [*within, "bash", "-c", f"{source}; set -euo pipefail; {commands}", name]
+    run = subprocess.run(command, env=environ, text=True, check=False, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, timeout=120)  # fmt: skip
     return run.returncode, run.stdout.splitlines()
 
 
@@ -106,6 +107,41 @@ def test_where_a_script_cannot_run_one_line_says_so(script, tmp_path):
         assert re.fullmatch(said, refusal("slurm_script", tmp_path))
 
 
+@pytest.mark.parametrize("script", [*JOB_FILES, REPO / "scripts/quickstart.sh", REPO / "experiments/site.sh"],
+                         ids=lambda path: path.name)  # fmt: skip
+def test_windows_line_ends_are_named_in_one_line(script, tmp_path):
+    (tmp_path / script.name).write_bytes(script.read_bytes().replace(b"\n", b"\r\n"))
+    run = subprocess.run(["bash", script.name], cwd=tmp_path, text=True, check=False, capture_output=True, timeout=60)
+    assert run.returncode == 1 and re.fullmatch("ERROR: Windows line ends; .*\n", run.stdout + run.stderr)
+
+
+def test_an_environment_whose_python_this_node_lacks_is_named_in_one_line(tmp_path):
+    (tmp_path / "scripts").symlink_to(REPO / "scripts")
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to("/none/bin/python3.12")
+    for name in ("requirements.txt", ".venv/installed_requirements.txt"):
+        (tmp_path / name).touch()
+    for command in ("choose_python", 'bash "$REPO/scripts/setup_env.sh"'):
+        status, (line,) = shell(command, REPO=str(tmp_path), SLURMD_NODENAME="n1")
+        said = r"ERROR: n1: .* No such file or directory \(/none/bin/python3.12\); .*: rm -rf .*; PYTHON=.*"
+        assert status == 1 and re.fullmatch(said, line)
+
+
+def test_paths_keep_the_names_that_the_user_sees(tmp_path, course, monkeypatch, checks):
+    """Other nodes may not have what lies behind a link: an automounter's folder, for one."""
+    home = tmp_path / "home"
+    home.symlink_to(course.parents[3])
+    for folder in ("experiments/raytune/scheduler/asha", "experiments/raytune_hpo/raytune_asha_scheduler"):
+        environ = os.environ | {"PWD": str(home / folder), "LR_LOWER": "none"}
+        run = subprocess.run(["bash", HEAD], cwd=home / folder, env=environ, text=True, check=False,
+                             stdout=subprocess.PIPE, timeout=60)  # fmt: skip
+        assert run.returncode == 2 and f"| Python: {home}/.venv/bin/python\n" in run.stdout
+    monkeypatch.chdir(home / "scripts")
+    for pwd, found in {home: home / "tests", tmp_path: tmp_path / "tests", "": tmp_path / "tests"}.items():
+        monkeypatch.setenv("PWD", f"{pwd}/scripts")
+        assert checks.read_value("MODEL_NAME", "../tests") == str(found)
+
+
 # ---- What limits a process ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("cgroup, files, cpus", [
     ("0::/\n", {"cpu.max": "200000 100000"}, 2),  # a container, version 2
@@ -170,7 +206,8 @@ def test_one_job_is_submitted_whatever_sbatch_answers(slurm, course, tmp_path, a
     path = stand_in(tmp_path, sbatch=answer.replace("SUBMIT", f'{shutil.which("sbatch")} --hold "$@"'))
     run_dir = course / "runs/a run"
     run_dir.mkdir(parents=True)
-    commands = f'EXERCISE={course} HEAD_DIR="{run_dir}/head-1" WORKER_NODES=1; submit_worker; echo "${{WORKER_JOBS[@]}}"'
+    commands = f'EXERCISE={course} HEAD_DIR="{run_dir}/head-1" WORKER_NODES=1; submit_worker; '
+    commands += 'echo "${WORKER_JOBS[@]}"'
     found, lines = shell(commands, **slurm | {"PATH": path})
     jobs = subprocess.check_output(["squeue", "--noheader", "--format=%i"], env=slurm, text=True).split()
     subprocess.run(["scancel", *jobs], env=slurm, check=False)
@@ -186,16 +223,29 @@ def test_a_slurm_that_stays_silent_is_asked_again_and_a_wrong_question_is_not(tm
     assert (tmp_path / "bin/scontrol.calls").read_text() == "\n"
 
 
-@pytest.mark.parametrize("node_addr, hosts, own, address", [
-    ("n1", "10.0.0.1", "10.0.0.9 ::1", "10.0.0.1"), ("10.0.0.7", "10.0.0.7", "10.0.0.9 ::1", "10.0.0.7"),
-    ("n1", "127.0.1.1", "10.0.0.9 ::1", "10.0.0.9"),  # Debian's /etc/hosts for its own name: no other node reaches that
-    ("127.0.0.1", "127.0.0.1", "10.0.0.9 ::1", "127.0.0.1"),  # a Slurm of one machine
-    ("n1", "127.0.1.1", "", "127.0.0.1"),  # that without a network
+NETWORK = """ip link set lo up
+for name in docker0 eth0; do
+    ip link add $name type veth peer name to-$name; ip link set $name up; ip link set to-$name up
+done
+ip address add 172.17.0.1/16 dev docker0; ip address add $OWN dev eth0 $NODAD"""
+
+
+@pytest.mark.parametrize("node_addr, own, head, address", [
+    ("10.0.0.9", "10.0.0.9/24", "", "10.0.0.9"),
+    ("localhost", "10.0.0.9/24", "10.0.0.1:6379", "10.0.0.9"),  # as Debian's /etc/hosts has it for its own name
+    ("localhost", "10.0.0.9/24", "", "10.0.0.9"),  # on the head: that by which it reaches Slurm's other node, 10.0.0.1
+    ("203.0.113.7", "10.0.0.9/24", "10.0.0.1:6379", "10.0.0.9"),  # not this node's
+    ("127.0.0.1", "10.0.0.9/24", "", "127.0.0.1"),  # a Slurm of one machine
+    ("localhost", "fd00::9/64", "[fd00::1]:6379", "fd00::9"),
+    ("localhost", "192.168.0.9/24", "", "127.0.0.1"),  # no way to the others
 ])  # fmt: skip
-def test_the_address_of_a_node_is_one_that_others_reach(tmp_path, node_addr, hosts, own, address):
-    path = stand_in(tmp_path, scontrol=f"echo NodeName=n1 NodeAddr={node_addr} x", getent=f"echo {hosts} STREAM n1",
-                    hostname=f"echo {own}")  # fmt: skip
-    assert shell("node_address", "slurm_script", PATH=path, SLURM_JOB_ID="7", SLURMD_NODENAME="n1") == (0, [address])
+def test_the_address_of_a_node_is_one_that_others_reach(tmp_path, node_addr, own, head, address):
+    """Never that of docker0, which comes first, or its name's, which only this node reaches."""
+    nodes = f"echo {node_addr}; echo 10.0.0.1"
+    path = stand_in(tmp_path, scontrol=f"echo NodeName=n1 NodeAddr={node_addr} x", sinfo=nodes)
+    commands = f"{NETWORK}; HEAD_ADDRESS={head}; node_address"
+    node = {"PATH": path, "SLURM_JOB_ID": "7", "OWN": own, "NODAD": "nodad" if ":" in own else ""}
+    assert shell(commands, "slurm_script", within=("unshare", "-rn"), **node) == (0, [address])
 
 
 @pytest.mark.parametrize("squeue, job, status, said", [
@@ -281,7 +331,7 @@ def test_a_replacement_that_is_refused_is_tried_again_at_the_next_look(tmp_path)
 def test_near_its_time_limit_a_run_says_so_and_how_to_continue(tmp_path, state, minutes, near):
     """Slurm sends TERM then, and for scancel."""
     end = (datetime.now() + timedelta(minutes=minutes)).isoformat(timespec="seconds")
-    path = stand_in(tmp_path, scontrol=f"echo JobState={state} Reason=None EndTime={end}")
+    path = stand_in(tmp_path, scontrol=f"echo JobId=7 JobState={state} Reason=None EndTime={end}")
     (tmp_path / "events.jsonl").write_text('{"time": "x", "event": "settings"}\n')
     tell = f"RUN_DIR={tmp_path}; say_how_it_ended 143"
     status, lines = shell(tell, "slurm_script", PATH=path, SLURM_JOB_ID="7")

@@ -96,12 +96,19 @@ def read_value(name, text):
         if text not in ("auto", "bf16", "fp16", "fp32"):
             raise InputError("must be one of auto, bf16, fp16, fp32")
         return text
-    path = os.path.realpath(os.path.expanduser(text))
+    path = absolute(text)
     if os.path.isdir(path):
         return path
     if os.path.exists(path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text, re.ASCII):
         raise InputError("no such folder; give an existing folder or the name of one on the Hugging Face hub")
     return text
+
+
+def absolute(text):
+    """The path by the folder names that the user sees: other nodes may not have those behind an automounter's links."""
+    path = os.path.expanduser(text)
+    named = os.path.normpath(os.path.join(os.environ.get("PWD", "/"), path))
+    return named if os.path.realpath(named) == os.path.realpath(path) else os.path.realpath(path)
 
 
 def read_number(name, text):

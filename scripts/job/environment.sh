@@ -36,11 +36,19 @@ check_container() {                                    # what a run needs of it 
             "($said); see \"In a container\" in INSTRUCTORS.md"
 }
 
+check_venv() {                                         # this node can lack its Python, or a library of that
+    local python=$REPO/.venv/bin/python said
+    said=$(env "$python" -c "" 2>&1) ||
+        fail "${SLURMD_NODENAME:-$(hostname -s)}: ${said##*$'\n'} ($(readlink -m "$python")); take one that all" \
+            "nodes have: rm -rf $REPO/.venv; PYTHON=/usr/bin/python3 bash $REPO/scripts/setup_env.sh"
+}
+
 choose_python() {                                      # of the container, the repository's .venv, or the active one
     if [[ -n ${CONTAINER:-} ]]; then
         export CONTAINER PATH="$REPO/scripts/job/container:$PATH"
         check_container
-    elif [[ -x $REPO/.venv/bin/python ]]; then
+    elif [[ -e $REPO/.venv || -L $REPO/.venv ]]; then
+        check_venv
         export PATH="$REPO/.venv/bin:$PATH"
     fi
     command -v python >/dev/null || fail "no python found; run: bash $REPO/scripts/setup_env.sh"
@@ -53,6 +61,7 @@ choose_python() {                                      # of the container, the r
 prepare_training() {                                   # every process that trains
     # Other scripts, and the processes of Ray, import the lesson.
     export PYTHONPATH="$REPO/scripts/raytune_hpo/raytune_asha_scheduler${PYTHONPATH:+:$PYTHONPATH}"
+    export GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo # a trial does not leave its node: no other network can be wrong
     export PYTORCH_NVML_BASED_CUDA_CHECK=1             # asking whether there are GPUs must not initialise CUDA
     export TORCHDYNAMO_DISABLE=1                       # else DeepSpeed loads torch's compiler: 1.3 s a process
     # On CPUs glibc keeps freed memory: fresh pages took a third of a step. With GPUs, the first copy of the model, too.

@@ -206,16 +206,18 @@ is_end() {                                             # is_end STATE: of state_
 
 # ---- This node -------------------------------------------------------------------------------------------------------
 node_address() {                                       # the address other nodes reach this one at
-    local name address=${NODE_ADDRESS:-127.0.0.1}
-    if [[ -z ${NODE_ADDRESS:-} ]] && on_slurm; then    # Slurm itself reaches this node at its NodeAddr
-        name=$(ask scontrol show node "${SLURMD_NODENAME:-$(hostname -s)}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-        name=${name:-$(hostname)}
-        address=$(getent ahostsv4 "$name" | awk 'NR == 1 { print $1 }')
-        # In Debian's /etc/hosts a node's own name has an address that no other node reaches.
-        [[ $address != 127.* || $name == 127.* ]] || address=$(hostname -I | awk '{ print NF ? $1 : "127.0.0.1" }')
+    local name hosts address=${NODE_ADDRESS:-127.0.0.1}
+    if [[ -z ${NODE_ADDRESS:-} ]] && on_slurm; then    # where Slurm itself reaches it; else as other nodes see it
+        name=${SLURMD_NODENAME:-$(hostname -s)}
+        hosts=$(ask scontrol show node "$name" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+        hosts+=" $(head_host) $(ask sinfo --noheader --Node --format=%o)"
+        # shellcheck disable=SC2086  # one word a host
+        address=$(python "$REPO/scripts/job/this_node.py" --address $hosts)
     fi
     echo "$address"
 }
+
+head_host() { sed -nE 's/^\[?([^]]*)\]?:[0-9]+$/\1/p' <<<"$HEAD_ADDRESS"; }   # of 10.0.0.1:6379, or [fd00::1]:6379
 
 free_port() { python -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])'; }
 
@@ -241,8 +243,12 @@ measure_node() {                                       # sets SLOTS (trials at o
 
 # ---- Ray -------------------------------------------------------------------------------------------------------------
 prepare_ray() {                                        # environment and log of this job's Ray processes
-    prepare_cluster "$(node_address)" ${HEAD_ADDRESS:+"${HEAD_ADDRESS%:*}"}
+    NODE_ADDRESS=$(node_address)                       # Slurm is asked once
+    # shellcheck disable=SC2046  # no word, or one
+    prepare_cluster "$NODE_ADDRESS" $(head_host)
     prepare_training
+    # For 127.0.0.1 Ray takes an address of the network of the day, unless it is told that no other node will come.
+    [[ $NODE_ADDRESS != 127.0.0.1 ]] || on_slurm || export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
     RAY_LOG=$RUN_DIR/ray_$ROLE-$JOB.log
     : >"$RAY_LOG"
     watch_over
@@ -250,8 +256,9 @@ prepare_ray() {                                        # environment and log of 
 
 # start_ray OPTIONS...: in the background, in the foreground of a process that can be watched: $RAY
 start_ray() {
-    (owned ray start --block --node-ip-address="$(node_address)" --temp-dir="$RAY_TMP/r" --disable-usage-stats \
-        --object-store-memory=500000000 --include-log-monitor=false --dashboard-agent-listen-port=0 "$@" \
+    (owned python -m ray.scripts.scripts start --block --node-ip-address="$NODE_ADDRESS" --temp-dir="$RAY_TMP/r" \
+        --disable-usage-stats --object-store-memory=500000000 --include-log-monitor=false \
+        --dashboard-agent-listen-port=0 "$@" \
         >"$RAY_LOG" 2>&1) &
     RAY=$!
     disown "$RAY"                                      # else bash reports in the log how it has ended
@@ -270,7 +277,7 @@ last_error() {                                         # last_error FILE: the en
 end_ray() { kill "$RAY" 2>/dev/null || true; }         # this can take a while; end_owned ends what is left
 
 likely_cause() {                                       # Ray itself only says "overloaded" or "GCS may have been killed"
-    python "$REPO/scripts/job/this_node.py" --why "$(node_address)"
+    python "$REPO/scripts/job/this_node.py" --why "$NODE_ADDRESS"
 }
 
 owned() {                                              # run a command whose process tree end_owned can find

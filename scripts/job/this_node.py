@@ -3,6 +3,7 @@
 
     python this_node.py                # CPUs, GPUs, GPUs of each worker of a trial; and the node in words
     python this_node.py --processes    # processes and threads that may still be started; inf without a limit
+    python this_node.py --address HOST...   # the address at which other nodes reach this one
     python this_node.py --why ADDRESS  # of a Ray that has ended: the cause, if it is this node; else nothing
 
 The words say what the node has and in which precision it trains: "20 CPUs, 8 GPUs (Tesla V100), fp16". If its GPUs
@@ -11,6 +12,7 @@ are unusable: one line "ERROR: ..." and exit status 1.
 
 import contextlib
 import importlib.util
+import ipaddress
 import math
 import os
 import resource
@@ -143,6 +145,23 @@ def cgroups(controller, root="/"):
                 yield from (each for each in (folder, *folder.parents) if each.is_relative_to(top))
 
 
+def own_address(hosts):
+    """The one from which this node reaches the first of these hosts that is not only here.
+
+    In Debian's /etc/hosts a node's own name has an address that no other node reaches; and the first address that it
+    has may be that of a bridge for containers.
+    """
+    for host in (*hosts, "203.0.113.1", "2001:db8::1"):  # at last, any elsewhere
+        with contextlib.suppress(OSError):
+            for family, *_, address in sorted(socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)):  # IPv4 first
+                with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as way:
+                    way.connect(address)  # sends nothing
+                    own = way.getsockname()[0]
+                    if own == host or not ipaddress.ip_address(own).is_loopback:  # or a Slurm of one machine
+                        return own
+    return "127.0.0.1"
+
+
 def likely_cause(address):
     """A cause that Ray itself does not name, as the end of a sentence: no more processes, another node's address."""
     left = free_processes()
@@ -151,7 +170,7 @@ def likely_cause(address):
                 f"{resource.getrlimit(resource.RLIMIT_NPROC)[0]}, or a cgroup's pids.max): "
                 "raise it before sbatch, or ask your site")  # fmt: skip
     try:
-        socket.create_server((address, 0)).close()
+        socket.create_server((address, 0), family=socket.getaddrinfo(address, 0)[0][0]).close()
     except OSError:
         own = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.strip()
         return f", with the address {address}, not one of this node ({own}): set NODE_ADDRESS in experiments/site.sh"
@@ -173,6 +192,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["--processes"]:
             print(free_processes())
+        case ["--address", *hosts]:
+            print(own_address(hosts))
         case ["--why", address]:
             print(likely_cause(address), end="")
         case _:

@@ -28,7 +28,7 @@ which_run() {                                          # a new one, or one to co
     [[ $RESUME -ef $folder ]] || fail "RESUME=$RESUME: is not a folder of $EXERCISE/runs; give runs/<jobid>"
     export RESUME=$folder
     other=$(last_job "$RESUME")
-    if ! is_over "$other" || grep -qzsF "HPO_OWNER=$RESUME " /proc/[0-9]*/environ; then
+    if ! is_over "$other" || { [[ -n $other ]] && grep -qzsE "^HPO_OWNER=.* $other$" /proc/[0-9]*/environ; }; then
         fail "RESUME=$RESUME: job $other still works on this run; wait for its end, or scancel $other"
     fi
 }
@@ -111,7 +111,7 @@ submit_worker() {
 }
 
 sbatch_worker() {                                      # prints the job's id, whatever a site adds to it
-    local said left job="" tries=0 options=(--parsable --export=ALL)
+    local said left job="" tries=0 options=(--parsable --export=ALL --chdir="$EXERCISE")
     cd "$EXERCISE" || return 1
     # A worker's time is what is left of this job's: 1-02:03:04; or UNLIMITED, INVALID ...
     left=$(ask squeue --noheader --jobs="$JOB" --Format=JobID:20,TimeLeft:20 | sed -nE "s/^$JOB +//p" | xargs)
@@ -297,14 +297,15 @@ how_to_look_inside() {                                 # ready to paste on your 
     port=$(grep -o '127\.0\.0\.1:[0-9]*' "$RAY_LOG" | head -n 1 | cut -d: -f2) || return 0
     say "dashboard: ssh -N -L 8265:127.0.0.1:$port $jump$(id -un)@$(hostname)"
     say "           then open http://localhost:8265; it asks for the token in $HEAD_DIR/token"
-    say "curves: tensorboard --logdir $RUN_DIR/tune"
+    say "curves: $(command -v python) -m tensorboard.main --logdir $RUN_DIR/tune"
 }
 
 say_how_it_ended() {                                   # say_how_it_ended STATUS: and how to continue
     local record end submit=bash
     ! on_slurm || submit=sbatch
     # Slurm sends TERM for scancel, too, but then the job is no longer RUNNING.
-    if (($1 == 143)) && on_slurm && record=$(ask scontrol show job "$JOB") && [[ $record =~ EndTime=([0-9T:-]+) ]]; then
+    record=$(! on_slurm || ask scontrol show job --oneliner "$JOB" | grep "^JobId=$JOB ")   # of an array it tells all
+    if (($1 == 143)) && [[ $record =~ EndTime=([0-9T:-]+) ]]; then
         end=${BASH_REMATCH[1]}
         if [[ $record == *Reason=TimeLimit* || $record == *JobState=RUNNING* ]] &&
             (($(date -d "$end" +%s) - $(date +%s) < 900)); then

@@ -2,7 +2,7 @@
 """How long a run holds nodes before it trains and after it has trained: phases of one run on the sandbox.
 
     .venv/bin/python tests/benchmarks/bringup.py              # 3 runs of one trial with the demo model; about 3 minutes
-    .venv/bin/python tests/benchmarks/bringup.py --lag 30     # in a folder as by NFS: 30 s it is believed to be as it was
+    .venv/bin/python tests/benchmarks/bringup.py --lag 30     # in a folder that is believed, as by NFS, for 30 s
 
 Compared with the least that Ray takes, measured in between: a bare `ray start --head`, a bare `ray start` of a worker
 and a bare driver, one after the other. Nothing else should run on the machine.

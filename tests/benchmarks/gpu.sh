@@ -21,7 +21,7 @@ date +%F
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | head -n "$W"
 python -c 'import torch, deepspeed, ray, transformers as t; print("torch", torch.__version__, "deepspeed", deepspeed.__version__, "ray", ray.__version__, "transformers", t.__version__)' 2>/dev/null
 
-torchrun --standalone --nproc_per_node="$W" "$REPO/tests/benchmarks/gpu.py" "$WORK" 2>"$WORK/errors" ||
+python -m torch.distributed.run --standalone --nproc_per_node="$W" "$REPO/tests/benchmarks/gpu.py" "$WORK" 2>"$WORK/errors" ||
     fail "gpu.py: $(grep -E '^[A-Za-z_.]*Error|^ERROR' "$WORK/errors" | tail -n 1)"
 
 echo

@@ -15,6 +15,7 @@ import gc
 import math
 import os
 import queue
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -150,8 +151,11 @@ class TrainingProcess:
         gc.enable()
         if self.rank > 0:
             return None
-        # All W are on one node. The system chooses the port, so it is free.
-        self.store = TCPStore("127.0.0.1", 0, self.number, is_master=True, timeout=JOIN, wait_for_workers=False)
+        # All W are on one node, and the store asks nobody for a password: without a socket of its own it would listen
+        # on every network. The system chooses the port, so it is free.
+        here = socket.create_server(("127.0.0.1", 0)).detach()
+        self.store = TCPStore("127.0.0.1", 0, self.number, is_master=True, timeout=JOIN, wait_for_workers=False,
+                              master_listen_fd=here)  # fmt: skip
         return self.store.host, self.store.port
 
     def join(self, address):

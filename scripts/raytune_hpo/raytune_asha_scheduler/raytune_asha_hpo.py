@@ -155,7 +155,7 @@ def collate(rows, accepted=("logits_to_keep",)):
     return batch
 
 # ---- Training: one configuration, with or without Ray ------------------------------------------------------
-DS_CONFIG = next((p for d in Path(__file__).resolve().parents for p in d.glob("ds_config.json")), None)
+DS_CONFIG = next((p for d in Path(__file__).absolute().parents for p in d.glob("ds_config.json")), None)
 
 def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
     """Trains one configuration for NUM_EPOCHS epochs, in each process of a data-parallel group or in one.
