@@ -255,6 +255,8 @@ def test_the_head_job_fills_all_in_one_call(tmp_path):
     events = [*started(), event(9, "forecast", text="5 to 12 of 15 epochs, 8 on average"), *trial(0, *[2.0] * 5)]
     events[0]["start"] = f"{began:%Y-%m-%d %H:%M:%S %Z}"
     folder = keep(tmp_path, [each | {"time": began.astimezone(datetime.UTC).isoformat()} for each in events])
+    assert call(fill_tables, folder, "--plots", folder / "r").returncode == 0
+    assert '<meta http-equiv="refresh" content="60">' in (folder / "r/report.html").read_text()  # it runs
     files = {"--tables": "t.md", "--csv": "trials.csv", "--json": "run.json", "--study": "study.db", "--plots": "r"}
     options = [part for name, file in files.items() for part in (name, folder / file)]
     answer = call(fill_tables, folder, "--exit-status", 143, *options)
@@ -264,6 +266,7 @@ def test_the_head_job_fills_all_in_one_call(tmp_path):
     assert run["state"] == "partial: the job ended early (cancelled, or at its time limit, exit status 143)"
     drawn = (folder / "r/slots.png").stat().st_mtime  # the job finishes after its pictures
     assert run["total_time_s"] >= int(drawn) - int(began.timestamp()) >= 100
+    assert 'http-equiv="refresh"' not in (folder / "r/report.html").read_text()
     for page in (text, (folder / "r/report.html").read_text()):
         assert f"{run['finish']} {began:%Z}" in page and "Forecast before the run: 5 to 12 of 15 epochs, 8 on" in page
 

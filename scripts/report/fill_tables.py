@@ -205,14 +205,13 @@ def options():
     add("--plots", metavar="DIR", type=Path, help="write pictures (PNG) and report.html; of several runs: DIR/<job>")
     add("--compare", action="store_true", help="print what the runs cost, against the first (the manual grid, say), "
         "and which settings differ; with --plots DIR, draw their best loss over time and cost: DIR/compare.png")
-    add("--watch", action="store_true", help="show the trials of a running job until it ends; Ctrl-C stops it; "
-        "with --plots DIR, its report is drawn again each minute, and a browser that shows it reloads it")
+    add("--watch", action="store_true", help="show the trials of a running job until it ends; Ctrl-C stops it")
     add("--exit-status", metavar="N", type=int, help="for a job that ends now: its FINISH is this moment, N its status")
     a = parser.parse_args()
-    if a.watch and any((a.tables, a.csv, a.summary, a.json, a.study, a.compare, a.exit_status is not None)):
-        parser.error("--watch takes no other option than --plots")
-    if len(a.inputs) > 1 and (a.watch or a.study or a.exit_status is not None):
-        parser.error("--watch, --study and --exit-status take one input")
+    if a.watch and len(sys.argv) > 3:
+        parser.error("--watch takes one input and no other option")
+    if len(a.inputs) > 1 and (a.study or a.exit_status is not None):
+        parser.error("--study and --exit-status take one input")
     return a
 
 
@@ -225,7 +224,7 @@ def main():
         if a.watch:
             from watch_log import watch
 
-            return watch(a.inputs[0], a.plots)
+            return watch(Path(a.inputs[0]))
         for text in a.inputs:
             try:
                 runs.append(parse(text, a.exit_status))
