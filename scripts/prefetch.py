@@ -8,7 +8,6 @@ written as train-v1.1.json and dev-v1.1.json, with its questions in the hub's or
 Prints the two folders on stdout. Exit status 2: one line for each thing that is wrong.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -23,7 +22,6 @@ MARK = ".complete"  # in each folder whose files are all there
 CONFIGURATION_AND_TOKENIZER = [
     "config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.*", "vocab.json", "vocab.txt", "merges.txt", "*.model"]  # fmt: skip
-SQUAD_FILES = {"train": "train-v1.1.json", "validation": "dev-v1.1.json"}
 
 
 def fetch_model(source, target):
@@ -42,7 +40,7 @@ def fetch_data(source, target):
 
     HfApi().dataset_info(source, timeout=HUB_SECONDS)  # in time; load_dataset tries again and again
     target.mkdir(parents=True, exist_ok=True)
-    for split, name in SQUAD_FILES.items():
+    for split, name in (("train", "train-v1.1.json"), ("validation", "dev-v1.1.json")):
         rows = check_rows(load_dataset(source, split=split).to_list())
         (target / name).write_text(json.dumps(squad_json(rows), ensure_ascii=False), encoding="utf-8")
 
@@ -57,11 +55,8 @@ def squad_json(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "data", "folder"):
-        parser.add_argument(name, metavar=name.upper())
-    a = parser.parse_args()
-    folder = Path(a.folder).resolve()
+    model, data, folder = sys.argv[1:]
+    folder = Path(folder).resolve()
     # What libraries keep on the way goes there too: home folders have small quotas.
     kept = {"HF_HUB_CACHE": "hub", "HF_DATASETS_CACHE": "datasets", "HF_XET_CACHE": "xet"}
     os.environ |= {name: f"{folder}/.cache/{where}" for name, where in kept.items()}
@@ -69,8 +64,8 @@ def main():
         os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     problems, targets = [], []
     for variable, source, kind, fetch in (
-        ("MODEL_NAME", a.model, "models", fetch_model),
-        ("SQUAD_DATA", a.data, "data", fetch_data),
+        ("MODEL_NAME", model, "models", fetch_model),
+        ("SQUAD_DATA", data, "data", fetch_data),
     ):
         with told(problems, variable, source):
             target = Path(source) if os.path.isabs(source) else folder / kind / source.replace("/", "--")
