@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import json
 import os
 import pty
 import re
@@ -87,14 +86,16 @@ def test_the_exercise_on_the_sandbox(whole_run):
 
     # The tables of the run, and the tool's from the log: start, finish, total and costs are Slurm's own.
     assert "tables and pictures could not be made" not in log
-    told = fill_tables(cluster.folder / f"logs/ray_head_bloom_5epochs-{job}.out", "--json", cluster.folder / "run.json")
-    (found,) = json.loads((cluster.folder / "run.json").read_text())
+    summary = cluster.folder / "run.csv"
+    told = fill_tables(cluster.folder / f"logs/ray_head_bloom_5epochs-{job}.out", "--summary", summary)
+    (found,) = csv.DictReader(summary.open())
     moment = lambda text: time.mktime(time.strptime(text.replace("T", " "), "%Y-%m-%d %H:%M:%S"))
     seconds, held = ([moment(each[key]) for key in ("StartTime", "EndTime")] for each in (record, end))
-    said = [moment(found[key]) for key in ("start", "finish")]
+    said = [moment(found[f"Job {key} Time"][:19]) for key in ("Start", "Finish")]
     assert abs(said[0] - seconds[0]) <= 1 and abs(said[1] - seconds[1]) <= 1
-    assert found["total_time_s"] == said[1] - said[0]
-    assert found["totals"]["allocated_min"] * 60 == pytest.approx(2 * (held[1] - held[0]), abs=1)  # two slots
+    assert float(found["Total Job Time (s)"]) == said[1] - said[0]
+    allocated = float(re.search(r": ([\d.]+) allocated \(2 slot", told)[1])  # in minutes, with one decimal
+    assert allocated * 60 == pytest.approx(2 * (held[1] - held[0]), abs=4)
     table = (run_dir / "tables.md").read_text()
     assert "by Slurm's record of the worker jobs" in told and "Forecast before the run: " in table
     for name, (*_, last) in reports.items():
@@ -108,7 +109,8 @@ def test_the_exercise_on_the_sandbox(whole_run):
     assert events["started"]["log"] == str(cluster.folder / f"logs/ray_head_bloom_5epochs-{job}.out")
     assert (events["worker_joined"]["job"], events["worker_joined"]["slots"]) == (worker, 2)
     assert events["worker_ended"]["seconds"] == held[1] - held[0] and events["finished"]["status"] == 0
-    assert f"forecast: {events['forecast']['text']}" in log and f"===== JOB {job} FINISH : {found['finish']}" in log
+    assert f"forecast: {events['forecast']['text']}" in log
+    assert f"===== JOB {job} FINISH : {found['Job Finish Time']}" in log
 
     # Workers left when they were told to, and nothing is left.
     assert held[1] - (run_dir / "head-1/shutdown.txt").stat().st_mtime < 5
