@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from conftest import HEAD, REPO, SMALL, best_of, check_log, copy_of_the_course, job_of, quickstart, wait_for
+from conftest import REPO, SMALL, wait_for
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 tag = lambda content: hashlib.sha1(content).hexdigest()
@@ -172,15 +172,11 @@ def test_the_hub_s_model_and_data_are_in_the_folder_and_not_fetched_again(fetche
 
 
 @needs_root
-def test_a_whole_run_without_a_network(fetched, tmp_path):
-    course = copy_of_the_course(tmp_path)
-    there = {"EXPORTS": fetched[1], "HF_HOME": str(tmp_path / "home"), "NUM_SAMPLES": "1", "NUM_EPOCHS": "1"}
-    alone = f'ip link set lo up; eval "$EXPORTS"; exec bash {HEAD}'
-    status, log = quickstart(course, "unshare", "-n", "bash", "-ec", alone, **there | SMALL)
-    assert status == 0, log
-    check_log(log, job_of(log))
-    assert best_of(log)["epoch"] == 1.0
-    assert re.search(rf"^  SQUAD_DATA +{re.escape(str(fetched[0]))}/data/org--squad$", log, re.MULTILINE)
+def test_what_was_fetched_needs_no_network(fetched, environ, tmp_path):
+    """A whole run without one: test_run.py."""
+    there = environ | variables(fetched[1]) | {"HF_HOME": str(tmp_path / "home")}
+    done = program(there, "unshare", "-n", sys.executable, REPO / "scripts/job/check_inputs.py")
+    assert done.returncode == 0 and f"  SQUAD_DATA         {fetched[0]}/data/org--squad\n" in done.stdout, done.stderr
 
 
 def test_local_folders_are_copied_and_a_changed_file_again(demo, environ, tmp_path):
