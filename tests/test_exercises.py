@@ -12,10 +12,12 @@ from conftest import (
     check_log,
     copy_of_the_course,
     edit,
+    events_of,
     exercise,
     fenced,
     nothing_is_left,
     pids,
+    replace,
     reports_of,
     table_of,
     wait_for,
@@ -63,12 +65,19 @@ def student(slurm, course, demo):
     return Student(slurm, course, demo)
 
 
+def losses_of(run_dir):
+    """The losses of each trial, in the order drawn."""
+    return [[report["eval_loss"] for report in reports] for _, reports in sorted(reports_of(run_dir).items())]
+
+
 @pytest.fixture(scope="module")
 def done(slurm, demo, tmp_path_factory):
-    """Exercise 4, more trials for the same budget: its run is the one that 8 and 9 start from."""
+    """Exercise 4, more trials for the same budget: its run is the one that 8, 9 and 12 start from."""
     student = Student(slurm, copy_of_the_course(tmp_path_factory.mktemp("course")), demo)
     log, reports = student.does(4)
     assert len(reports) == len(table_of(log)) == 6 and log.count("finished   all epochs") == 6
+    student.search, student.best = student.shell["job"], best_of(log)
+    student.losses = losses_of(student.folder / "runs" / student.search)
     return student
 
 
@@ -77,17 +86,39 @@ def test_the_last_exercises_edit_fits_the_script(course):
     compile(edit(course, exercise(14)).read_text(), "edited", "exec")
 
 
-def test_a_wider_range_another_halving_and_another_hyperparameter(student):
-    """Exercises 2, 3 and 6 in one run."""
-    for number in (3, 6):
+def test_a_sampler_that_learns_another_halving_another_hyperparameter_and_lora(student):
+    """Exercises 2, 3, 6, 11 and 13 in one run. Then save_best.slurm on Slurm, and an adapter that answers."""
+    student.environ["NUM_SAMPLES"] = "6"
+    for number in (3, 6, 11, 13):
         edit(student.folder, exercise(number))
-    log, reports = student.does(2)
+    log, drawn = student.does(2)
     rows = table_of(log)
-    assert re.search(r"^  LR_UPPER +10\.0$", log, re.MULTILINE) and len(rows) == 2
+    assert re.search(r"^  LR_UPPER +10\.0$", log, re.MULTILINE)
+    assert sorted(name[-5:] for name in drawn) == [f"{i:05d}" for i in range(6)] and len(rows) == 6
     assert all(row["iter"] == "2" for row in rows)  # nobody ends before epoch 2
-    drawn = [report["config"]["train_loop_config"]["warmup_ratio"] for some in reports.values() for report in some]
-    assert len(set(drawn)) == 2 and all(0 <= ratio <= 0.2 for ratio in drawn)
+    drawn = [report["config"]["train_loop_config"]["warmup_ratio"] for (report, *_) in drawn.values()]
+    assert len(set(drawn)) == 6 and all(0 <= ratio <= 0.2 for ratio in drawn)
     assert any("warmup_ratio" in column for column in rows[0])
+    assert set(re.findall(r"lora_rank (\d+)", log)) <= {"2", "8", "32"}
+
+    manual, run = student.folder.parents[2] / "manual", student.folder / "runs" / student.shell["job"]
+    save = fenced(exercise(13), "bash")[1]
+    student.types(save)  # cancelled while it trains, it leaves no part of a model and no process
+    cancelled = student.shell["save"]
+    log = manual / f"logs/save_best-{cancelled}.out"
+    wait_for(lambda: log.exists() and "epoch 1/" in log.read_text(), 120, "the first epoch")
+    student("scancel", cancelled)
+    assert student.wait_for_end(cancelled, 60)["JobState"] == "CANCELLED"
+    wait_for(lambda: "FINISH" in log.read_text(), 30, "FINISH")
+    assert not [path for path in run.iterdir() if "model" in path.name] and not pids(f" save {cancelled}")
+    student.types(save)
+    ended = student.wait_for_end(student.shell["save"], 240)
+    log = (manual / f"logs/save_best-{student.shell['save']}.out").read_text()
+    assert ended["JobState"] == "COMPLETED", log
+    assert "FINISH" in log.splitlines()[-1]
+    assert (run / "model/adapter_model.safetensors").exists() and log.count("    model: ") == 10
+    assert "| Exact Match (%) | F1 (%) | Loss |" in (run / "tables.md").read_text()
+    assert not (manual / f"logs/save_best-{student.shell['save']}.err").exists()
 
 
 def test_a_second_worker_joins_and_the_first_is_killed(slurm, course, demo):
@@ -112,57 +143,45 @@ def test_a_second_worker_joins_and_the_first_is_killed(slurm, course, demo):
 
 
 def test_asha_against_the_manual_grid(done):
-    grid = done.folder.parents[2] / "manual/bloom_hpo_manual.slurm"
-    text = grid.read_text()
-    for old, new in (("(1e-5 2e-4 5e-6)", "(1e-5)"), ("(1 2) ", "(2) "), ("(0.0 0.01)", "(0.01)")):
-        assert text.count(old) == 1
-        text = text.replace(old, new)
-    grid.write_text(text)
+    """Of the search's best configuration the grid has the same losses: there is one training definition."""
+    grid, best = done.folder.parents[2] / "manual/bloom_hpo_manual.slurm", done.best["config"]["train_loop_config"]
+    replace(grid, ("(1e-5 2e-4 5e-6)", f"({best['lr']})"), ("(1 2) ", f"({best['per_device_bs']}) "),
+            ("(0.0 0.01)", f"({best['wd']})"))  # fmt: skip
     submit, compare = fenced(exercise(8), "bash")
     done.types(submit)
     assert done.wait_for_end(done.shell["grid"], 240)["JobState"] == "COMPLETED"
     told = done.types(compare)
-    assert f"manual grid {done.shell['grid']}" in told and f"Ray Tune ASHA {done.shell['job']}" in told
+    assert f"manual grid {done.shell['grid']}" in told and f"Ray Tune ASHA {done.search}" in told
     assert "the runs are comparable" in told and "NOT COMPARABLE" not in told
+    rows = [line.split("|") for line in told.splitlines() if line.startswith("| ")]
+    assert [float(row[2]) for row in rows[2:4]] == pytest.approx([done.best["eval_loss"]] * 2, abs=1e-4)
+    losses = [event["eval_loss"] for event in events_of(grid.parent / "runs" / done.shell["grid"], "report")]
+    assert losses == pytest.approx(next(each for each in done.losses if min(each) == done.best["eval_loss"]), abs=1e-4)
 
 
 def test_the_winner_for_thirty_epochs(done):
     told = done.types(fenced(exercise(9), "bash")[0], 240)
-    best = best_of(done.log(done.shell["job"]))["config"]["train_loop_config"]
+    best = done.best["config"]["train_loop_config"]
     assert re.search(rf"^RESULT lr={best['lr']} per_device_bs={best['per_device_bs']} ", told, re.MULTILINE)
-    assert "epoch 30/30" in told
+    assert told.count("epoch 30/30") == told.count("RESULT ") == 1  # from one of the two processes
+
+
+def test_seeds_tell_luck_from_merit(done):
+    """The search's best two with two seeds each."""
+    repeat = fenced(exercise(12), "bash")[1]
+    assert repeat.count("SEEDS=3 NUM_SAMPLES=9") == 1
+    done.types(repeat.replace("SEEDS=3 NUM_SAMPLES=9", "SEEDS=2 NUM_SAMPLES=4"))
+    log = done.runs()
+    assert log.count("finished   all epochs") == len(table_of(log)) == 4
+    again = losses_of(done.folder / "runs" / done.shell["job"])
+    for first, (same, other) in zip(sorted(done.losses, key=min)[:2], (again[:2], again[2:]), strict=True):
+        assert same == first != other  # the search's own seed gives its losses
+    means = [sum(map(min, pair)) / 2 for pair in (again[:2], again[2:])]
+    told = re.findall(r"seeds: [\d.]+ +([\d.]+) ", log)
+    assert told == [f"{mean:.5f}" for mean in means]
+    assert ("as in the search" in log) and ("not as in the search" in log) == (means[1] < means[0])
 
 
 def test_population_based_training(student):
     log, reports = student.does(10)
     assert log.count("finished   all epochs") == len(table_of(log)) == len(reports) == 4
-
-
-def test_a_sampler_that_learns(student):
-    student.environ["NUM_SAMPLES"] = "6"
-    log, drawn = student.does(11)
-    assert sorted(name[-5:] for name in drawn) == [f"{i:05d}" for i in range(6)] and len(table_of(log)) == 6
-
-
-def test_lora_and_its_adapter_as_a_model_that_answers(student):
-    """On the way save_best.slurm is tried on Slurm."""
-    log, _ = student.does(13)
-    assert set(re.findall(r"lora_rank (\d+)", log)) <= {"2", "8", "32"}
-    manual, run = student.folder.parents[2] / "manual", student.folder / "runs" / student.shell["job"]
-    save = fenced(exercise(13), "bash")[1]
-    student.types(save)  # cancelled while it trains, it leaves no part of a model and no process
-    cancelled = student.shell["save"]
-    log = manual / f"logs/save_best-{cancelled}.out"
-    wait_for(lambda: log.exists() and "epoch 1/" in log.read_text(), 120, "the first epoch")
-    student("scancel", cancelled)
-    assert student.wait_for_end(cancelled, 60)["JobState"] == "CANCELLED"
-    wait_for(lambda: "FINISH" in log.read_text(), 30, "FINISH")
-    assert not [path for path in run.iterdir() if "model" in path.name] and not pids(f" save {cancelled}")
-    student.types(save)
-    ended = student.wait_for_end(student.shell["save"], 240)
-    log = (manual / f"logs/save_best-{student.shell['save']}.out").read_text()
-    assert ended["JobState"] == "COMPLETED", log
-    assert "FINISH" in log.splitlines()[-1]
-    assert (run / "model/adapter_model.safetensors").exists() and log.count("    model: ") == 10
-    assert "| Exact Match (%) | F1 (%) | Loss |" in (run / "tables.md").read_text()
-    assert not (manual / f"logs/save_best-{student.shell['save']}.err").exists()

@@ -20,7 +20,6 @@ from conftest import (
     SPACE,
     Cluster,
     at_once,
-    best_of,
     check_log,
     check_results,
     command_of,
@@ -38,6 +37,7 @@ from conftest import (
 )
 
 TWO = {"WORKERS_PER_TRIAL": "2"}
+SIX = {"NUM_SAMPLES": "6", "TRAIN_SAMPLES": "64", "WORKERS_PER_TRIAL": "1"}
 
 
 def fill_tables(*arguments):
@@ -119,64 +119,57 @@ def test_the_exercise_on_the_sandbox(whole_run):
     assert token not in log + of_worker + str(record) + str(end) and "START" in of_worker and "FINISH" in of_worker
 
 
-def test_the_manual_grid_goes_on_after_three_interruptions_and_compares_with_the_search(whole_run, demo, squad):
-    """Three combinations. The job is cancelled; a training is killed; the job is, with its script; the last ends."""
-    asha, asha_job, *_ = whole_run
-    manual = Cluster(asha.environ, asha.folder.parents[2] / "manual")
+def test_the_manual_grid_goes_on_where_it_was_cut_short(cluster, demo):
+    """Three combinations: in the first job one is trained, one is killed, and then the job is cancelled.
+
+    The second ends with exit status 1: a fourth combination cannot be trained.
+    """
+    manual = Cluster(cluster.environ, cluster.folder.parents[2] / "manual")
     grid = manual.folder / "bloom_hpo_manual.slurm"
-    replace(grid, ("(1e-5 2e-4 5e-6)", "(1e-2 1e-3 2e-2)"), ("(1 2) ", "(4) "), ("(0.0 0.01)", "(0.01)"))
-    log_of = lambda job: manual.folder / f"logs/bloom_hpo_manual-{job}.out"
-    log = lambda job: log_of(job).read_text()
+    replace(grid, ("(1e-5 2e-4 5e-6)", "(1e-2 1e-3 2e-2 20)"), ("(1 2) ", "(4) "), ("(0.0 0.01)", "(0.01)"))
+    log = lambda job: (manual.folder / f"logs/bloom_hpo_manual-{job}.out").read_text()
 
-    def trainers(job, lr):
-        return [pid for pid in pids(f" manual {job}") if f"bloom_hpo_manual.py --lr {lr} " in command_of(pid)]
+    def submit():
+        variables = SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "NUM_EPOCHS": "2"}
+        return manual("sbatch", "--parsable", grid.name, **variables).strip()
 
-    jobs = []
+    def trainers(lr):
+        return [pid for pid in pids(f" manual {first}") if f"bloom_hpo_manual.py --lr {lr} " in command_of(pid)]
 
-    def submit(lr):
-        """One more job of the grid, until it trains with this rate."""
-        variables = SMALL | TWO | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(squad)}
-        jobs.append(manual("sbatch", "--parsable", grid.name, **variables).strip())
-        wait_for(lambda: trainers(jobs[-1], lr), 240, f"the training with {lr}")
-        return jobs[-1]
-
-    job = submit("1e-2")
-    manual("scancel", job)
-    assert manual.wait_for_end(job, 60)["JobState"] == "CANCELLED" and "FINISH" in log(job)
-    job = submit("1e-3")
-    for pid in trainers(job, "1e-3"):  # as the OOM killer does: this combination fails, the next ones go on
+    first = submit()
+    wait_for(lambda: trainers("1e-3"), 240, "the second training")
+    for pid in trainers("1e-3"):  # as the OOM killer does: this combination fails, the next ones go on
         os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: "FAILED " in log(job) and trainers(job, "2e-2"), 120, "the next combination")
-    manual("scancel", "--signal=KILL", "--full", job)
-    manual.wait_for_end(job, 60)
-    wait_for(lambda: not pids(f" manual {job}"), 30, "processes of the killed job to be gone")
-    job = submit("1e-3")
-    assert manual.wait_for_end(job, 400)["JobState"] == "COMPLETED", log(job)
+    wait_for(lambda: "FAILED " in log(first) and trainers("2e-2"), 120, "the next combination")
+    manual("scancel", first)
+    assert manual.wait_for_end(first, 60)["JobState"] == "CANCELLED"
+    wait_for(lambda: "FINISH" in log(first) and not pids(f" manual {first}"), 30, "its orderly end")
+    second = submit()
+    assert manual.wait_for_end(second, 400)["ExitCode"] == "1:0", log(second)
+    why = "--lr='20': must be a number above 0.0 and at most 10.0"
+    assert re.search(rf"^FAILED lr=20 per_device_bs=4 wd=0.01 : ERROR: {why}", log(second), re.MULTILINE)
 
     found = [row for file in manual.folder.glob("results-*.csv") for row in csv.DictReader(file.open())]
-    combinations = {(float(row["lr"]), int(row["per_device_bs"]), float(row["wd"])) for row in found}
-    assert combinations == {(lr, 4, 0.01) for lr in (1e-2, 1e-3, 2e-2)} and len(found) == 3
-    assert sum(log(job).count("RESULT ") for job in jobs) == 3  # none trained to its end twice
-    assert re.search(r"lr=0.0\d per_device_bs=4 wd=0.01 is in results-\d+.csv already", log(job))
-    assert re.search(rf"===== JOB {job} FINISH : .* =====\n\Z", log(job))
-    assert "lr,per_device_bs,wd,eval_loss" in log(job)
+    combinations = [(float(row["lr"]), int(row["per_device_bs"]), float(row["wd"])) for row in found]
+    assert combinations == [(lr, 4, 0.01) for lr in (1e-2, 1e-3, 2e-2)]
+    assert log(first).count("RESULT ") == 1 and log(second).count("RESULT ") == 2  # none trained to its end twice
+    assert re.search(r"lr=0.01 per_device_bs=4 wd=0.01 is in results-\d+.csv already", log(second))
+    assert re.search(rf"===== JOB {second} FINISH : .* =====\n\Z", log(second))
+    assert "lr,per_device_bs,wd,eval_loss" in log(second)
 
-    # Each job has a record: the second one's training that was killed, and all three results in the last one's.
-    killed, last = (events_of(manual.folder / "runs" / job) for job in jobs[1:])
-    done, failed = [event["error"] for event in killed if event["event"] == "trial_ended"]
-    assert done is None and failed in log(jobs[1])
-    ended = [event for event in last if event["event"] == "trial_ended"]
-    assert [event["error"] for event in ended] == [None] * 3
-    losses = {event["trial"]: event["eval_loss"] for event in last if event["event"] == "report"}
-    assert {event["trial"] for event in ended} == set(losses)
-    assert (last[0]["kind"], last[2]["slots"], last[-1]["status"]) == ("manual", 1, 0)
-
-    # The comparison of the two: the same settings, so it is one.
-    table = fill_tables("--compare", log_of(job), asha.folder / f"logs/ray_head_bloom_5epochs-{asha_job}.out")
-    assert "the runs are comparable" in table and "NOT COMPARABLE" not in table
-    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")]
-    lowest = [min(float(row["eval_loss"]) for row in found), best_of(asha.log(asha_job))["eval_loss"]]
-    assert [float(row[2]) for row in rows[2:4]] == pytest.approx(lowest, rel=1e-4)
+    # Each job has a record: the first one's training that was killed, and all three results in the second one's.
+    killed, last = (events_of(manual.folder / "runs" / job) for job in (first, second))
+    done, failed, *_ = [event["error"] for event in killed if event["event"] == "trial_ended"]
+    assert done is None and failed in log(first)
+    ended = {event["trial"]: event["error"] for event in last if event["event"] == "trial_ended"}
+    names = {lr: f"lr={lr} per_device_bs=4 wd=0.01" for lr in (0.01, 0.001, 0.02, 20.0)}
+    assert why in ended.pop(names[20.0]) and ended == dict.fromkeys([names[lr] for lr in (0.01, 0.001, 0.02)])
+    assert (last[0]["kind"], last[2]["slots"], last[-1]["status"]) == ("manual", 1, 1)
+    begun, *reports, _ = [event for event in last if event.get("trial") == names[0.001]]
+    assert begun["config"] == {"lr": 0.001, "per_device_bs": 4, "wd": 0.01}
+    assert [(each["epoch"], each["training_iteration"]) for each in reports] == [(1, 1), (2, 2)]
+    assert 0 < reports[0]["seconds"] <= reports[1]["seconds"]  # to a tenth of a second
+    assert min(each["eval_loss"] for each in reports) == pytest.approx(float(found[1]["eval_loss"]), abs=1e-5)
 
 
 @pytest.mark.parametrize("edit, variables, said", [
@@ -208,14 +201,16 @@ def test_cancelled_at_any_moment_nothing_is_left(cluster, demo, squad, moment):
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory):
-    """The quickstart with six trials, to its end. -> (the exercise's folder, exit status, log)"""
+    """The quickstart to its end, without a network. -> (the exercise's folder, exit status, log)"""
     course = linked_runs(copy_of_the_course(tmp_path_factory.mktemp("quick")))
-    status, output = quickstart(course, "bash", str(course.parents[3] / "scripts/quickstart.sh"), NUM_SAMPLES="6")
+    alone = ("unshare", "-n", "bash", "-c", 'ip link set lo up; exec "$@"', "bash") if os.geteuid() == 0 else ()
+    command = ("bash", str(course.parents[3] / "scripts/quickstart.sh"))
+    status, output = quickstart(course, *alone, *command, **SIX)
     return course, status, output[output.index("=====") :]
 
 
 def test_quickstart(quick_run):
-    """One command, no Slurm: six trials on a machine that holds one at a time."""
+    """One command, no Slurm, no network: six trials on a machine that holds one at a time."""
     course, status, log = quick_run
     assert status == 0 and "| Ray head at 127.0.0.1:" in log  # nothing of it is open to the network
     job = job_of(log)
@@ -239,8 +234,9 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
     linked_runs(course)
     command = ["bash", str(course.parents[3] / "scripts/quickstart.sh")]
     terminal = course / "terminal.txt"
+    environ = os.environ | SIX | {"NUM_SAMPLES": "5"}
     with terminal.open("w") as file:
-        head = subprocess.Popen(command, env=os.environ | {"NUM_SAMPLES": "5"}, stdout=file, stderr=subprocess.STDOUT)
+        head = subprocess.Popen(command, env=environ, stdout=file, stderr=subprocess.STDOUT)
     wait_for(lambda: "_00003  epoch 1/5" in terminal.read_text(), 240, "the fourth trial's first epoch")
     job = job_of(terminal.read_text())
     for pid in pids(f" head {job}"):
@@ -265,32 +261,6 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
     assert left_by(job, job_of(second)) == []
 
 
-def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(slurm, course, demo, container):
-    """One on this machine, where another user's Ray has taken its usual ports.
-
-    The other is inside an allocation, as in salloc or from JupyterHub, and has its Python in a container.
-    """
-    environ = slurm | SPACE | SMALL | {"NUM_SAMPLES": "3", "NUM_EPOCHS": "2"}
-    environ |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
-    start = lambda command, **more: subprocess.Popen(command, cwd=course, env=environ | more, text=True,
-                                                     stdout=subprocess.PIPE)  # fmt: skip
-    inside = ["srun", "--quiet", "--nodelist=worker1", "--cpus-per-task=4", "bash", HEAD]
-    with contextlib.ExitStack() as taken:
-        for port in (6379, 8265, 10001):
-            taken.enter_context(socket.create_server(("127.0.0.1", port)))
-        runs = [start(["bash", HEAD]), start(inside, CONTAINER=container)]
-        logs = [run.communicate(timeout=600)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], logs
-    assert "stopped    by ASHA after epoch 1" in logs[0] and job_of(logs[0]) != job_of(logs[1])
-    said = r"head worker1 \| inside Slurm job \d+, but not by sbatch: this node alone is used, and no jobs"
-    assert re.search(said, logs[1]) and "submitted worker" not in logs[1]
-    assert f"Python: {course.parents[3]}/scripts/job/container/python" in logs[1]
-    for log in logs:
-        check_log(log, job_of(log))
-        check_results(log, course / "runs" / job_of(log), trials=3, epochs=2)
-        assert left_by(job_of(log)) == []
-
-
 @pytest.fixture
 def container(tmp_path):
     """CONTAINER: a stand-in that starts a command as a container does, with an environment of its own."""
@@ -300,33 +270,69 @@ def container(tmp_path):
     return str(command)
 
 
-@pytest.mark.parametrize("status", [129, 130])
-def test_a_laptops_run_that_is_interrupted_or_whose_terminal_is_closed_leaves_nothing(course, demo, container, status):
-    """With Python in a container, whose processes are to be found from outside."""
+@pytest.fixture
+def interrupted(course, demo, container):
+    """A laptop's run that gets Ctrl-C (130) in its first trial, or whose terminal is closed (129), and leaves nothing.
+
+    Its Python is in a container, whose processes are to be found from outside.
+    """
     environ = os.environ | SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
-    ours, terminal = pty.openpty()
-    head = subprocess.Popen(["setsid", "--ctty", "--wait", "bash", HEAD], cwd=course, stdin=terminal, stdout=terminal,
-                            stderr=terminal, env=environ | {"CONTAINER": container})  # fmt: skip
-    os.close(terminal)
-    shown = ""
+    command = ["setsid", "--ctty", "--wait", "env", f"CONTAINER={container}", "bash", HEAD]
 
-    def trains():
-        nonlocal shown
-        while select.select([ours], [], [], 0)[0]:
-            shown += os.read(ours, 65536).decode(errors="replace")
-        return "  started" in shown
+    def run(status):
+        ours, terminal = pty.openpty()
+        head = subprocess.Popen(command, cwd=course, env=environ, stdin=terminal, stdout=terminal, stderr=terminal)
+        os.close(terminal)
+        shown = ""
 
-    wait_for(trains, 120, "the first trial")
-    job = job_of(shown)
-    of_ray, marked = users_of(f"/tmp/ray_{job}."), pids(f" head {job}")
-    assert len(of_ray) > 10 and not [command_of(pid) for pid in of_ray if pid not in marked and command_of(pid)]
-    if status == 130:
-        os.write(ours, b"\x03")  # Ctrl-C
-    else:
-        os.close(ours)
-    assert head.wait(60) == status
-    log = (course / f"logs/ray_head_bloom_5epochs-{job}.out").read_text()
-    assert f"ended with exit status {status}" in log and re.search(r"FINISH : .* =====\n\Z", log)
-    (finished,) = events_of(course / "runs" / job, "finished")
-    assert finished["status"] == status
-    assert left_by(job) == [] and not (course / "runs" / job / "head-1/token").exists()
+        def trains():
+            nonlocal shown
+            while select.select([ours], [], [], 0)[0]:
+                shown += os.read(ours, 65536).decode(errors="replace")
+            return "  started" in shown
+
+        wait_for(trains, 120, "the first trial")
+        job = job_of(shown)
+        of_ray, marked = users_of(f"/tmp/ray_{job}."), pids(f" head {job}")
+        assert len(of_ray) > 10 and not [command_of(pid) for pid in of_ray if pid not in marked and command_of(pid)]
+        if status == 130:
+            os.write(ours, b"\x03")  # Ctrl-C
+        else:
+            os.close(ours)
+        assert head.wait(60) == status
+        log = (course / f"logs/ray_head_bloom_5epochs-{job}.out").read_text()
+        assert f"ended with exit status {status}" in log and re.search(r"FINISH : .* =====\n\Z", log)
+        (finished,) = events_of(course / "runs" / job, "finished")
+        assert finished["status"] == status
+        assert left_by(job) == [] and not (course / "runs" / job / "head-1/token").exists()
+        return job
+
+    return run
+
+
+def test_a_run_whose_terminal_is_closed_leaves_nothing(interrupted):
+    interrupted(129)
+
+
+def test_of_two_runs_at_once_from_one_folder_one_is_interrupted_and_the_other_completes(slurm, course, demo, container,
+                                                                                         interrupted):  # fmt: skip
+    """Each with a Ray of its own on this machine, where another user's Ray has taken its usual ports.
+
+    The second is inside an allocation, as in salloc or from JupyterHub.
+    """
+    environ = slurm | SPACE | SMALL | {"NUM_SAMPLES": "3", "NUM_EPOCHS": "2", "CONTAINER": container}
+    environ |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+    inside = ["srun", "--quiet", "--nodelist=worker1", "--cpus-per-task=4", "bash", HEAD]
+    with contextlib.ExitStack() as taken:
+        for port in (6379, 8265, 10001):
+            taken.enter_context(socket.create_server(("127.0.0.1", port)))
+        run = subprocess.Popen(inside, cwd=course, env=environ, text=True, stdout=subprocess.PIPE)
+        first = interrupted(130)
+        log = run.communicate(timeout=600)[0]
+    assert run.returncode == 0 and job_of(log) != first, log
+    said = r"head worker1 \| inside Slurm job \d+, but not by sbatch: this node alone is used, and no jobs"
+    assert re.search(said, log) and "submitted worker" not in log
+    assert f"Python: {course.parents[3]}/scripts/job/container/python" in log
+    check_log(log, job_of(log))
+    check_results(log, course / "runs" / job_of(log), trials=3, epochs=2)
+    assert left_by(job_of(log)) == []

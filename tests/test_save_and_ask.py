@@ -22,14 +22,14 @@ WHOLE = resource.getrlimit(resource.RLIMIT_FSIZE)
 MANUAL, ASK = REPO / "scripts/manual_hpo/bloom_hpo_manual.py", load_module(REPO / "scripts/model/ask.py")
 
 
-def train(scripts, demo, folder, *options, stage=2):
+def train(scripts, demo, folder, *options, stage=2, processes=1):
     """Trains by a copy of the scripts with this ZeRO stage -> what it printed."""
     shutil.copytree(REPO / "scripts", scripts, symlinks=True)
     config = scripts / "ds_config.json"
     config.write_text(config.read_text().replace('"stage": 2', f'"stage": {stage}'))
     variables = {"MODEL_NAME": f"{demo}/model", "SQUAD_DATA": f"{demo}/squad", "TRAIN_SAMPLES": "160",
                  "EVAL_SAMPLES": "50", "CPUS_PER_WORKER": "1", "TORCHDYNAMO_DISABLE": "1"}  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                scripts / "manual_hpo/bloom_hpo_manual.py", *options, "--save", folder]  # fmt: skip
     run = subprocess.run(command, env=os.environ | variables, text=True, check=False, capture_output=True, timeout=300)
     assert run.returncode == 0, run.stderr
@@ -40,7 +40,7 @@ def train(scripts, demo, folder, *options, stage=2):
 def kept(demo, tmp_path_factory):
     """(folder of a model, what its training printed)"""
     top = tmp_path_factory.mktemp("kept")
-    return top / "model", train(top / "scripts", demo, top / "model", "--lr", "1.2e-2", "--bs", "2", "--wd", "0")
+    return top / "model", train(top / "scripts", demo, top / "model", "--lr", "1.2e-2", "--bs", "4", "--wd", "0")
 
 
 def loss_of(folder):
@@ -65,7 +65,7 @@ def test_a_kept_model_is_the_one_of_the_lowest_loss_and_complete(kept, demo, che
 
 def test_kept_weights_are_whole_though_the_model_is_split(demo, tmp_path):
     out, options = tmp_path / "model", ("--lr", "1e-2", "--bs", "8", "--wd", "0", "--epochs", "1")
-    printed = train(tmp_path / "scripts", demo, out, *options, stage=3)
+    printed = train(tmp_path / "scripts", demo, out, *options, stage=3, processes=2)
     assert loss_of(out) == pytest.approx(float(re.search(r"RESULT .* eval_loss=(\S+)", printed)[1]), abs=1e-5)
 
 

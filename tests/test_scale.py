@@ -13,8 +13,8 @@ import scale
 TRIALS = 110  # with more than 100 the log has one line a trial
 
 
-def test_more_than_a_hundred_trials_have_a_line_and_a_row_each_and_leave_no_processes(tmp_path):
-    run = scale.ARun(tmp_path, TRIALS, epochs=2)
+def test_more_than_a_hundred_trials_have_a_line_and_a_row_each_and_leave_no_processes(demo, tmp_path):
+    run = scale.ARun(tmp_path, TRIALS, epochs=2, demo=demo)
     assert run.process.wait(600) == 0, run.log()
     log, reports = run.log(), reports_of(run.folder)
     assert len(reports) == len(run.ends()) == TRIALS
