@@ -175,7 +175,7 @@ def test_a_run_whose_folder_a_worker_cannot_see_says_so(cluster):
 
 
 def test_a_requeued_job_goes_on_where_it_was(cluster, demo):
-    """Its node lost its power, or its user has requeued it. Also where an earlier sandbox has left a folder of its name."""
+    """Its node lost its power, or it was requeued. Also where an earlier sandbox has left a folder of this name."""
     jobs = map(int, re.findall(r"JobId=(\d+)", cluster("scontrol", "show", "job")))
     earlier = cluster.folder / "runs" / str(max(jobs, default=int(cluster.environ["MINI_SLURM_FIRST_JOB"]) - 1) + 1)
     (earlier / "head-1").mkdir(parents=True)
