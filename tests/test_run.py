@@ -2,11 +2,13 @@
 
 import contextlib
 import csv
+import glob
 import json
 import os
 import pty
 import re
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -17,6 +19,7 @@ from conftest import (
     HEAD,
     HOSTILE,
     REPO,
+    SANDBOX,
     SMALL,
     SPACE,
     Cluster,
@@ -168,6 +171,7 @@ def test_the_manual_grid_goes_on_after_three_interruptions_and_compares_with_the
     losses = {event["trial"]: event["eval_loss"] for event in last if event["event"] == "report"}
     assert {event["trial"] for event in ended} == set(losses)
     assert (last[0]["kind"], last[2]["slots"], last[-1]["status"]) == ("manual", 1, 0)
+    assert glob.glob(f"{SANDBOX}/nodes/*/tmp/torch*") == []  # of torchrun
 
     # The comparison of the two: the same settings, so it is one.
     table = fill_tables("--compare", log_of(job), asha.folder / f"logs/ray_head_bloom_5epochs-{asha_job}.out")
@@ -269,14 +273,14 @@ def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(slurm, course,
     The other is inside an allocation, as in salloc or from JupyterHub, and has its Python in a container.
     """
     environ = slurm | SPACE | SMALL | {"NUM_SAMPLES": "3", "NUM_EPOCHS": "2"}
-    environ |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+    environ |= {"MODEL_NAME": os.path.relpath(demo / "model", course), "SQUAD_DATA": str(demo / "squad")}
     start = lambda command, **more: subprocess.Popen(command, cwd=course, env=environ | more, text=True,
                                                      stdout=subprocess.PIPE)  # fmt: skip
     inside = ["srun", "--quiet", "--nodelist=worker1", "--cpus-per-task=4", "bash", HEAD]
     with contextlib.ExitStack() as taken:
         for port in (6379, 8265, 10001):
             taken.enter_context(socket.create_server(("127.0.0.1", port)))
-        runs = [start(["bash", HEAD]), start(inside, CONTAINER=container)]
+        runs = [start(["bash", HEAD]), start(inside, **container)]
         logs = [run.communicate(timeout=600)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], logs
     assert "stopped    by ASHA after epoch 1" in logs[0] and job_of(logs[0]) != job_of(logs[1])
@@ -291,11 +295,17 @@ def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(slurm, course,
 
 @pytest.fixture
 def container(tmp_path):
-    """CONTAINER: a stand-in that starts a command as a container does, with an environment of its own."""
+    """Variables with a stand-in as CONTAINER.
+
+    It does to a command what Charliecloud and Podman did: it cleans the environment, but keeps PATH, takes TMPDIR for
+    /tmp, and starts in the root folder.
+    """
     command = tmp_path / "container"
-    command.write_text(f'#!/bin/bash\nexec unshare --mount env -i HOME=/ PATH={REPO}/.venv/bin:/usr/bin:/bin "$@"\n')
+    inside = '[[ -z ${TMPDIR:-} ]] || mount --bind "$TMPDIR" /tmp; cd /; exec env -i HOME=/ PATH="$PATH" "$@"'
+    command.write_text(f"#!/bin/bash\nexec unshare --mount bash -c {shlex.quote(inside)} inside \"$@\"\n")
     command.chmod(0o755)
-    return str(command)
+    path = f"{REPO}/.venv/bin:{os.environ['PATH']}"
+    return {"CONTAINER": str(command), "PATH": path, "TMPDIR": str(tmp_path)}
 
 
 @pytest.mark.parametrize("status", [129, 130])
@@ -304,7 +314,7 @@ def test_a_laptops_run_that_is_interrupted_or_whose_terminal_is_closed_leaves_no
     environ = os.environ | SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
     ours, terminal = pty.openpty()
     head = subprocess.Popen(["setsid", "--ctty", "--wait", "bash", HEAD], cwd=course, stdin=terminal, stdout=terminal,
-                            stderr=terminal, env=environ | {"CONTAINER": container})  # fmt: skip
+                            stderr=terminal, env=environ | container)  # fmt: skip
     os.close(terminal)
     shown = ""
 
