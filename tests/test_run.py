@@ -2,10 +2,12 @@
 
 import contextlib
 import csv
+import glob
 import os
 import pty
 import re
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,6 +18,7 @@ from conftest import (
     HEAD,
     HOSTILE,
     REPO,
+    SANDBOX,
     SMALL,
     SPACE,
     Cluster,
@@ -156,6 +159,7 @@ def test_the_manual_grid_goes_on_where_it_was_cut_short(cluster, demo):
     assert re.search(r"lr=0.01 per_device_bs=4 wd=0.01 is in results-\d+.csv already", log(second))
     assert re.search(rf"===== JOB {second} FINISH : .* =====\n\Z", log(second))
     assert "lr,per_device_bs,wd,eval_loss" in log(second)
+    assert glob.glob(f"{SANDBOX}/nodes/*/tmp/torch*") == []  # of torchrun
 
     # Each job has a record: the first one's training that was killed, and all three results in the second one's.
     killed, last = (events_of(manual.folder / "runs" / job) for job in (first, second))
@@ -263,11 +267,17 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
 
 @pytest.fixture
 def container(tmp_path):
-    """CONTAINER: a stand-in that starts a command as a container does, with an environment of its own."""
+    """Variables with a stand-in as CONTAINER.
+
+    It does to a command what Charliecloud and Podman did: it cleans the environment, but keeps PATH, takes TMPDIR for
+    /tmp, and starts in the root folder.
+    """
     command = tmp_path / "container"
-    command.write_text(f'#!/bin/bash\nexec unshare --mount env -i HOME=/ PATH={REPO}/.venv/bin:/usr/bin:/bin "$@"\n')
+    inside = '[[ -z ${TMPDIR:-} ]] || mount --bind "$TMPDIR" /tmp; cd /; exec env -i HOME=/ PATH="$PATH" "$@"'
+    command.write_text(f"#!/bin/bash\nexec unshare --mount bash -c {shlex.quote(inside)} inside \"$@\"\n")
     command.chmod(0o755)
-    return str(command)
+    path = f"{REPO}/.venv/bin:{os.environ['PATH']}"
+    return {"CONTAINER": str(command), "PATH": path, "TMPDIR": str(tmp_path)}
 
 
 @pytest.fixture
@@ -277,7 +287,7 @@ def interrupted(course, demo, container):
     Its Python is in a container, whose processes are to be found from outside.
     """
     environ = os.environ | SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
-    command = ["setsid", "--ctty", "--wait", "env", f"CONTAINER={container}", "bash", HEAD]
+    command, environ = ["setsid", "--ctty", "--wait", "bash", HEAD], environ | container
 
     def run(status):
         ours, terminal = pty.openpty()
@@ -320,8 +330,8 @@ def test_of_two_runs_at_once_from_one_folder_one_is_interrupted_and_the_other_co
 
     The second is inside an allocation, as in salloc or from JupyterHub.
     """
-    environ = slurm | SPACE | SMALL | {"NUM_SAMPLES": "3", "NUM_EPOCHS": "2", "CONTAINER": container}
-    environ |= {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
+    environ = slurm | SPACE | SMALL | container | {"NUM_SAMPLES": "3", "NUM_EPOCHS": "2"}
+    environ |= {"MODEL_NAME": os.path.relpath(demo / "model", course), "SQUAD_DATA": str(demo / "squad")}
     inside = ["srun", "--quiet", "--nodelist=worker1", "--cpus-per-task=4", "bash", HEAD]
     with contextlib.ExitStack() as taken:
         for port in (6379, 8265, 10001):
