@@ -120,7 +120,7 @@ RAY_STARTED = f"{RAY_LOG}; true & RAY=$!; wait; (ray_started) 2>&1"  # it has en
 STATES = [  # check, what is done before it, what it must say
     ("check_packages", "sed -i s/^torch==.*/torch==1.0/ requirements.txt", FAILED + ".*, but not torch==1.0; "),
     ("check_packages", "echo no-such-one==2 >>requirements.txt", FAILED + "packages: .*, but not no-such-one==2; "),
-    ("check_packages", "rm .venv; PATH=/none", FAILED + r"Python: no python found; run: bash \S+scripts/setup_env.sh"),
+    ("check_packages", "rm -r .venv; PATH=/none", FAILED + r"Python: no python found; run: bash \S+setup_env.sh"),
     ("check_inputs", "export SQUAD_DATA=$PWD", FAILED + "inputs: SQUAD_DATA='"),
     ("check_inputs", "export LR_LOWER=1 NUM_EPOCHS=x", FAILED + f"inputs: NUM_EPOCHS='x': .*{FAILED}inputs: LR_LOWER="),
     ('check_disk "$RUN_DIR" 100', MOUNT.format("20m", 0, '"$RUN_DIR"'),

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def test_replacements_have_an_end_and_each_worker_that_cannot_work_says_why(clus
             (bare / tool.name).symlink_to(tool)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     root = cluster.folder.parents[3]
-    (root / ".venv").unlink()  # as with conda or modules, PATH has the environment
+    shutil.rmtree(root / ".venv")  # as with conda or modules, PATH has the environment
     replace(root / "scripts/job/this_node.py", ("/dev/nvidiactl", str(driver)))
     site = root / "experiments/site.sh"
     site.write_text(f"""{site.read_text()}

@@ -229,7 +229,7 @@ end_ray() {                                            # this can take a while; 
 }
 
 likely_cause() {                                       # Ray itself only says "overloaded" or "GCS may have been killed"
-    python "$REPO/scripts/job/this_node.py" --why "$NODE_ADDRESS"
+    python "$REPO/scripts/job/this_node.py" --why "$(node_address)"
 }
 
 owned() {                                              # run a command whose process tree end_owned can find
