@@ -18,8 +18,8 @@ from conftest import (
     REPO,
     SMALL,
     SPACE,
-    Cluster,
     at_once,
+    call,
     check_log,
     check_results,
     command_of,
@@ -27,6 +27,7 @@ from conftest import (
     events_of,
     job_of,
     left_by,
+    load_module,
     nothing_is_left,
     pids,
     quickstart,
@@ -39,11 +40,6 @@ from conftest import (
 SIX = {"NUM_SAMPLES": "6", "TRAIN_SAMPLES": "64", "WORKERS_PER_TRIAL": "1"}
 
 
-def fill_tables(*arguments):
-    tool = [REPO / ".venv/bin/python", REPO / "scripts/report/fill_tables.py", *arguments]
-    return subprocess.run(tool, check=True, capture_output=True, text=True, timeout=60).stdout
-
-
 def linked_runs(course):
     """On clusters runs/ is often a link to scratch."""
     (course.parents[3] / "scratch").mkdir()
@@ -51,22 +47,15 @@ def linked_runs(course):
     return course
 
 
-@pytest.fixture(scope="module")
-def whole_run(slurm, demo, squad, tmp_path_factory):
-    """Twelve trials on one worker node that holds two: submitted, and watched to its end."""
-    cluster = Cluster(slurm, linked_runs(copy_of_the_course(tmp_path_factory.mktemp("course"))))
+def test_the_exercise_on_the_sandbox(cluster, demo, squad):
+    """Twelve trials on one worker node that holds two. Read like a student would."""
+    linked_runs(cluster.folder)
     variables = {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(squad), "CPUS_PER_WORKER": "4"}
-    variables |= {"WORKERS_PER_TRIAL": "2"}
-    job = cluster.submit(**HOSTILE | SPACE | SMALL | variables)
+    job = cluster.submit(**HOSTILE | SPACE | SMALL | variables | {"WORKERS_PER_TRIAL": "2"})
     file = cluster.folder / "runs" / job / "token"
     token = wait_for(lambda: file.exists() and file.read_text(), 60, "the token")
     assert cluster.wait_for_end(job, 900)["JobState"] == "COMPLETED", cluster.log(job)
-    return cluster, job, token, [cluster.job(each) for each in (job, *cluster.workers(job))]
-
-
-def test_the_exercise_on_the_sandbox(whole_run):
-    """Read like a student would."""
-    cluster, job, token, (record, end) = whole_run
+    record, end = (cluster.job(each) for each in (job, *cluster.workers(job)))
     run_dir = cluster.folder / "runs" / job
     (worker,) = cluster.workers(job)
     assert end["JobState"] == "COMPLETED" and end["NodeList"] == "worker1"
@@ -86,7 +75,8 @@ def test_the_exercise_on_the_sandbox(whole_run):
 
     # The tables of the run, and the tool's from the log: start, finish, total and costs are Slurm's own.
     assert "tables and pictures could not be made" not in log
-    told = fill_tables(cluster.folder / f"logs/ray_head_bloom_5epochs-{job}.out", "--json", cluster.folder / "run.json")
+    file = cluster.folder / f"logs/ray_head_bloom_5epochs-{job}.out"
+    told = call(load_module(REPO / "scripts/report/fill_tables.py"), file, "--json", cluster.folder / "run.json").stdout
     (found,) = json.loads((cluster.folder / "run.json").read_text())
     moment = lambda text: time.mktime(time.strptime(text.replace("T", " "), "%Y-%m-%d %H:%M:%S"))
     seconds, held = ([moment(each[key]) for key in ("StartTime", "EndTime")] for each in (record, end))
