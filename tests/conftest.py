@@ -225,6 +225,15 @@ class Cluster:
         """trouble("cut", "worker1") and so on: see mini_slurm.sh. Only of machines."""
         return self("bash", REPO / "tests/mini_slurm.sh", *what)
 
+    def cancel(self, job):
+        """Cancels a head's job, which is to end in order and to leave nothing."""
+        self("scancel", job)
+        end = self.wait_for_end(job, 30)
+        assert end["JobState"] == "CANCELLED" and end["ExitCode"] == "143:0"
+        assert re.search(rf"===== JOB {job} FINISH : .* =====\n\Z", self.log(job))
+        assert not re.search("SIGTERM received|Killed|Traceback", self.log(job))
+        nothing_is_left(self, job, seconds=30)
+
 
 @pytest.fixture
 def cluster(slurm, course):

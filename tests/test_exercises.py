@@ -1,6 +1,9 @@
 """The exercises as a student does them, on a small scale: edits and commands are read from EXERCISES.md."""
 
+import csv
+import os
 import re
+import signal
 import subprocess
 
 import pytest
@@ -10,6 +13,7 @@ from conftest import (
     Cluster,
     best_of,
     check_log,
+    command_of,
     copy_of_the_course,
     edit,
     events_of,
@@ -23,7 +27,7 @@ from conftest import (
     wait_for,
 )
 
-QUICK = SPACE | SMALL | {"NUM_SAMPLES": "2", "NUM_EPOCHS": "2", "CPUS_PER_WORKER": "8"}  # two at once
+QUICK = SPACE | SMALL | {"NUM_SAMPLES": "2", "NUM_EPOCHS": "2", "CPUS_PER_WORKER": "16"}  # one at a time
 
 
 class Student(Cluster):
@@ -123,7 +127,7 @@ def test_a_sampler_that_learns_another_halving_another_hyperparameter_and_lora(s
 
 def test_a_second_worker_joins_and_the_first_is_killed(slurm, course, demo):
     """5 and 7. One trial a node, long enough for all this to happen."""
-    student = Student(slurm, course, demo, CPUS_PER_WORKER="16", NUM_EPOCHS="6", TRAIN_SAMPLES="160", NUM_SAMPLES="3")
+    student = Student(slurm, course, demo, NUM_EPOCHS="6", TRAIN_SAMPLES="160", NUM_SAMPLES="3")
     (block,) = fenced(exercise(5), "bash")
     added = re.search(r"Submitted batch job (\d+)", student.types(block))[1]
     job = student.shell["job"]
@@ -142,21 +146,67 @@ def test_a_second_worker_joins_and_the_first_is_killed(slurm, course, demo):
     nothing_is_left(student, job, added)
 
 
-def test_asha_against_the_manual_grid(done):
-    """Of the search's best configuration the grid has the same losses: there is one training definition."""
-    grid, best = done.folder.parents[2] / "manual/bloom_hpo_manual.slurm", done.best["config"]["train_loop_config"]
-    replace(grid, ("(1e-5 2e-4 5e-6)", f"({best['lr']})"), ("(1 2) ", f"({best['per_device_bs']}) "),
-            ("(0.0 0.01)", f"({best['wd']})"))  # fmt: skip
+def test_asha_against_a_manual_grid_that_is_cut_short_and_goes_on(done):
+    """Three combinations, the search's best first: one is trained, one is killed, then the job is cancelled.
+
+    The next job ends with exit status 1: a fourth combination cannot be trained.
+    """
+    manual = Cluster(done.environ, done.folder.parents[2] / "manual")
+    lr, bs, wd = (done.best["config"]["train_loop_config"][name] for name in ("lr", "per_device_bs", "wd"))
+    replace(manual.folder / "bloom_hpo_manual.slurm", ("(1e-5 2e-4 5e-6)", f"({lr} 1e-3 2e-2 20)"),
+            ("(1 2) ", f"({bs}) "), ("(0.0 0.01)", f"({wd})"))  # fmt: skip
     submit, compare = fenced(exercise(8), "bash")
+    log = lambda job: (manual.folder / f"logs/bloom_hpo_manual-{job}.out").read_text()
+
+    def trainers(lr):
+        return [pid for pid in pids(f" manual {first}") if f"bloom_hpo_manual.py --lr {lr} " in command_of(pid)]
+
     done.types(submit)
-    assert done.wait_for_end(done.shell["grid"], 240)["JobState"] == "COMPLETED"
+    first = done.shell["grid"]
+    wait_for(lambda: trainers("1e-3"), 240, "the second training")
+    for pid in trainers("1e-3"):  # as the OOM killer does: this combination fails, the next ones go on
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: "FAILED " in log(first) and trainers("2e-2"), 120, "the next combination")
+    manual("scancel", first)
+    assert manual.wait_for_end(first, 60)["JobState"] == "CANCELLED"
+    wait_for(lambda: "FINISH" in log(first) and not pids(f" manual {first}"), 30, "its orderly end")
+    done.types(submit)
+    second = done.shell["grid"]
+    assert manual.wait_for_end(second, 400)["ExitCode"] == "1:0", log(second)
+    why = "--lr='20': must be a number above 0.0 and at most 10.0"
+    assert re.search(rf"^FAILED lr=20 per_device_bs={bs} wd={wd} : ERROR: {why}", log(second), re.MULTILINE)
+
+    found = [row for file in manual.folder.glob("results-*.csv") for row in csv.DictReader(file.open())]
+    combinations = [(float(row["lr"]), int(row["per_device_bs"]), float(row["wd"])) for row in found]
+    assert combinations == [(lr, bs, wd) for lr in (lr, 1e-3, 2e-2)]
+    assert log(first).count("RESULT ") == 1 and log(second).count("RESULT ") == 2  # none trained to its end twice
+    assert re.search(rf"lr={lr} per_device_bs={bs} wd={wd} is in results-\d+.csv already", log(second))
+    assert re.search(rf"===== JOB {second} FINISH : .* =====\n\Z", log(second))
+    assert "lr,per_device_bs,wd,eval_loss" in log(second)
+
+    # Each job has a record: the first one's training that was killed, and all three results in the second one's.
+    killed, last = (events_of(manual.folder / "runs" / job) for job in (first, second))
+    first_error, second_error, *_ = [event["error"] for event in killed if event["event"] == "trial_ended"]
+    assert first_error is None and second_error in log(first)
+    ended = {event["trial"]: event["error"] for event in last if event["event"] == "trial_ended"}
+    names = [f"lr={lr} per_device_bs={bs} wd={wd}" for lr in (lr, 0.001, 0.02, 20.0)]
+    assert why in ended.pop(names[3]) and ended == dict.fromkeys(names[:3])
+    assert (last[0]["kind"], last[2]["slots"], last[-1]["status"]) == ("manual", 1, 1)
+    begun, *reports, _ = [event for event in last if event.get("trial") == names[1]]
+    assert begun["config"] == {"lr": 0.001, "per_device_bs": bs, "wd": wd}
+    assert [(each["epoch"], each["training_iteration"]) for each in reports] == [(1, 1), (2, 2)]
+    assert 0 < reports[0]["seconds"] <= reports[1]["seconds"]  # to a tenth of a second
+    assert min(each["eval_loss"] for each in reports) == pytest.approx(float(found[1]["eval_loss"]), abs=1e-5)
+
+    # The losses of the search's best are those of the search: there is one training definition.
+    losses = [event["eval_loss"] for event in killed if event["event"] == "report" and event["trial"] == names[0]]
+    assert losses == pytest.approx(next(each for each in done.losses if min(each) == done.best["eval_loss"]), abs=1e-4)
     told = done.types(compare)
-    assert f"manual grid {done.shell['grid']}" in told and f"Ray Tune ASHA {done.search}" in told
+    assert f"manual grid {second}" in told and f"Ray Tune ASHA {done.search}" in told
     assert "the runs are comparable" in told and "NOT COMPARABLE" not in told
     rows = [line.split("|") for line in told.splitlines() if line.startswith("| ")]
-    assert [float(row[2]) for row in rows[2:4]] == pytest.approx([done.best["eval_loss"]] * 2, abs=1e-4)
-    losses = [event["eval_loss"] for event in events_of(grid.parent / "runs" / done.shell["grid"], "report")]
-    assert losses == pytest.approx(next(each for each in done.losses if min(each) == done.best["eval_loss"]), abs=1e-4)
+    lowest = [min(float(row["eval_loss"]) for row in found), done.best["eval_loss"]]
+    assert [float(row[2]) for row in rows[2:4]] == pytest.approx(lowest, rel=1e-3)
 
 
 def test_the_winner_for_thirty_epochs(done):
@@ -182,6 +232,11 @@ def test_seeds_tell_luck_from_merit(done):
     assert ("as in the search" in log) and ("not as in the search" in log) == (means[1] < means[0])
 
 
-def test_population_based_training(student):
-    log, reports = student.does(10)
-    assert log.count("finished   all epochs") == len(table_of(log)) == len(reports) == 4
+def test_population_based_training_and_a_job_that_is_cancelled_when_it_has_its_result(student):
+    """Exercise 10. Cancelled at its start: test_run.py; in mid-training: test_faults.py."""
+    student.types(fenced(exercise(10), "bash")[0])
+    job = student.shell["job"]
+    log = lambda: student.log(job)
+    wait_for(lambda: "Best Trial Result" in log() or "FINISH" in log(), 240, "the result")
+    student.cancel(job)
+    assert log().count("finished   all epochs") == len(reports_of(student.folder / "runs" / job)) == 4

@@ -1,6 +1,6 @@
 """The program of the manual grid: its options, its record, and --best.
 
-The grid itself: test_run.py. Its losses and those of the search, and the winner for longer: test_exercises.py.
+The grid itself, its losses and those of the search, and the winner for longer: test_exercises.py.
 """
 
 import json

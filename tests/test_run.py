@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import glob
 import os
 import pty
 import re
@@ -18,11 +17,10 @@ from conftest import (
     HEAD,
     HOSTILE,
     REPO,
-    SANDBOX,
     SMALL,
     SPACE,
-    Cluster,
     at_once,
+    call,
     check_log,
     check_results,
     command_of,
@@ -30,6 +28,7 @@ from conftest import (
     events_of,
     job_of,
     left_by,
+    load_module,
     nothing_is_left,
     pids,
     quickstart,
@@ -39,13 +38,7 @@ from conftest import (
     wait_for,
 )
 
-TWO = {"WORKERS_PER_TRIAL": "2"}
 SIX = {"NUM_SAMPLES": "6", "TRAIN_SAMPLES": "64", "WORKERS_PER_TRIAL": "1"}
-
-
-def fill_tables(*arguments):
-    tool = [REPO / ".venv/bin/python", REPO / "scripts/report/fill_tables.py", *arguments]
-    return subprocess.run(tool, check=True, capture_output=True, text=True, timeout=60).stdout
 
 
 def linked_runs(course):
@@ -55,21 +48,15 @@ def linked_runs(course):
     return course
 
 
-@pytest.fixture(scope="module")
-def whole_run(slurm, demo, squad, tmp_path_factory):
-    """Twelve trials on one worker node that holds two: submitted, and watched to its end."""
-    cluster = Cluster(slurm, linked_runs(copy_of_the_course(tmp_path_factory.mktemp("course"))))
+def test_the_exercise_on_the_sandbox(cluster, demo, squad):
+    """Twelve trials on one worker node that holds two. Read like a student would."""
+    linked_runs(cluster.folder)
     variables = {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(squad), "CPUS_PER_WORKER": "4"}
-    job = cluster.submit(**HOSTILE | SPACE | SMALL | TWO | variables)
+    job = cluster.submit(**HOSTILE | SPACE | SMALL | variables | {"WORKERS_PER_TRIAL": "2"})
     file = cluster.folder / "runs" / job / "head-1/token"
     token = wait_for(lambda: file.exists() and file.read_text(), 60, "the token")
     assert cluster.wait_for_end(job, 900)["JobState"] == "COMPLETED", cluster.log(job)
-    return cluster, job, token, [cluster.job(each) for each in (job, *cluster.workers(job))]
-
-
-def test_the_exercise_on_the_sandbox(whole_run):
-    """Read like a student would."""
-    cluster, job, token, (record, end) = whole_run
+    record, end = (cluster.job(each) for each in (job, *cluster.workers(job)))
     run_dir = cluster.folder / "runs" / job
     (worker,) = cluster.workers(job)
     assert end["JobState"] == "COMPLETED" and end["NodeList"] == "worker1"
@@ -89,8 +76,8 @@ def test_the_exercise_on_the_sandbox(whole_run):
 
     # The tables of the run, and the tool's from the log: start, finish, total and costs are Slurm's own.
     assert "tables and pictures could not be made" not in log
-    summary = cluster.folder / "run.csv"
-    told = fill_tables(cluster.folder / f"logs/ray_head_bloom_5epochs-{job}.out", "--summary", summary)
+    file, summary = cluster.folder / f"logs/ray_head_bloom_5epochs-{job}.out", cluster.folder / "run.csv"
+    told = call(load_module(REPO / "scripts/report/fill_tables.py"), file, "--summary", summary).stdout
     (found,) = csv.DictReader(summary.open())
     moment = lambda text: time.mktime(time.strptime(text.replace("T", " "), "%Y-%m-%d %H:%M:%S"))
     seconds, held = ([moment(each[key]) for key in ("StartTime", "EndTime")] for each in (record, end))
@@ -122,60 +109,6 @@ def test_the_exercise_on_the_sandbox(whole_run):
     assert token not in log + of_worker + str(record) + str(end) and "START" in of_worker and "FINISH" in of_worker
 
 
-def test_the_manual_grid_goes_on_where_it_was_cut_short(cluster, demo):
-    """Three combinations: in the first job one is trained, one is killed, and then the job is cancelled.
-
-    The second ends with exit status 1: a fourth combination cannot be trained.
-    """
-    manual = Cluster(cluster.environ, cluster.folder.parents[2] / "manual")
-    grid = manual.folder / "bloom_hpo_manual.slurm"
-    replace(grid, ("(1e-5 2e-4 5e-6)", "(1e-2 1e-3 2e-2 20)"), ("(1 2) ", "(4) "), ("(0.0 0.01)", "(0.01)"))
-    log = lambda job: (manual.folder / f"logs/bloom_hpo_manual-{job}.out").read_text()
-
-    def submit():
-        variables = SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "NUM_EPOCHS": "2"}
-        return manual("sbatch", "--parsable", grid.name, **variables).strip()
-
-    def trainers(lr):
-        return [pid for pid in pids(f" manual {first}") if f"bloom_hpo_manual.py --lr {lr} " in command_of(pid)]
-
-    first = submit()
-    wait_for(lambda: trainers("1e-3"), 240, "the second training")
-    for pid in trainers("1e-3"):  # as the OOM killer does: this combination fails, the next ones go on
-        os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: "FAILED " in log(first) and trainers("2e-2"), 120, "the next combination")
-    manual("scancel", first)
-    assert manual.wait_for_end(first, 60)["JobState"] == "CANCELLED"
-    wait_for(lambda: "FINISH" in log(first) and not pids(f" manual {first}"), 30, "its orderly end")
-    second = submit()
-    assert manual.wait_for_end(second, 400)["ExitCode"] == "1:0", log(second)
-    why = "--lr='20': must be a number above 0.0 and at most 10.0"
-    assert re.search(rf"^FAILED lr=20 per_device_bs=4 wd=0.01 : ERROR: {why}", log(second), re.MULTILINE)
-
-    found = [row for file in manual.folder.glob("results-*.csv") for row in csv.DictReader(file.open())]
-    combinations = [(float(row["lr"]), int(row["per_device_bs"]), float(row["wd"])) for row in found]
-    assert combinations == [(lr, 4, 0.01) for lr in (1e-2, 1e-3, 2e-2)]
-    assert log(first).count("RESULT ") == 1 and log(second).count("RESULT ") == 2  # none trained to its end twice
-    assert re.search(r"lr=0.01 per_device_bs=4 wd=0.01 is in results-\d+.csv already", log(second))
-    assert re.search(rf"===== JOB {second} FINISH : .* =====\n\Z", log(second))
-    assert "lr,per_device_bs,wd,eval_loss" in log(second)
-    assert glob.glob(f"{SANDBOX}/nodes/*/tmp/torch*") == []  # of torchrun
-
-    # Each job has a record: the first one's training that was killed, and all three results in the second one's.
-    killed, last = (events_of(manual.folder / "runs" / job) for job in (first, second))
-    done, failed, *_ = [event["error"] for event in killed if event["event"] == "trial_ended"]
-    assert done is None and failed in log(first)
-    ended = {event["trial"]: event["error"] for event in last if event["event"] == "trial_ended"}
-    names = {lr: f"lr={lr} per_device_bs=4 wd=0.01" for lr in (0.01, 0.001, 0.02, 20.0)}
-    assert why in ended.pop(names[20.0]) and ended == dict.fromkeys([names[lr] for lr in (0.01, 0.001, 0.02)])
-    assert (last[0]["kind"], last[2]["slots"], last[-1]["status"]) == ("manual", 1, 1)
-    begun, *reports, _ = [event for event in last if event.get("trial") == names[0.001]]
-    assert begun["config"] == {"lr": 0.001, "per_device_bs": 4, "wd": 0.01}
-    assert [(each["epoch"], each["training_iteration"]) for each in reports] == [(1, 1), (2, 2)]
-    assert 0 < reports[0]["seconds"] <= reports[1]["seconds"]  # to a tenth of a second
-    assert min(each["eval_loss"] for each in reports) == pytest.approx(float(found[1]["eval_loss"]), abs=1e-5)
-
-
 @pytest.mark.parametrize("edit, variables, said", [
     ([("--constraint=v100", "--constraint=h100")], {}, "ERROR: sbatch refused the worker job"),
     ([], {"WORKERS_PER_TRIAL": "9"},
@@ -189,18 +122,11 @@ def test_a_worker_job_that_cannot_serve_ends_the_run_with_the_reason(cluster, de
     nothing_is_left(cluster, job, seconds=10)
 
 
-@pytest.mark.parametrize("moment", ["START  :", "Best Trial Result"])
-def test_cancelled_at_any_moment_nothing_is_left(cluster, demo, squad, moment):
-    """In mid-training: test_of_two_runs_whose_workers_share_a_node_one_is_cancelled... of test_faults.py."""
-    one = {"NUM_SAMPLES": "1", "NUM_EPOCHS": "1"}
-    job = cluster.submit(**SPACE, **SMALL, **one, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad))
-    wait_for(lambda: moment in cluster.log(job) or "FINISH" in cluster.log(job), 240, f"{moment!r} in the log")
-    cluster("scancel", job)
-    end = cluster.wait_for_end(job, 30)
-    assert end["JobState"] == "CANCELLED" and end["ExitCode"] == "143:0"
-    assert re.search(rf"===== JOB {job} FINISH : .* =====\n\Z", cluster.log(job))
-    assert not re.search("SIGTERM received|Killed|Traceback", cluster.log(job))
-    nothing_is_left(cluster, job, seconds=30)
+def test_cancelled_at_its_start_nothing_is_left(cluster, demo):
+    """In mid-training: test_faults.py; at its end: test_exercises.py."""
+    job = cluster.submit(**SMALL, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(demo / "squad"))
+    wait_for(lambda: "START  :" in cluster.log(job), 60, "START in the log")
+    cluster.cancel(job)
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +164,9 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
     linked_runs(course)
     command = ["bash", str(course.parents[3] / "scripts/quickstart.sh")]
     terminal = course / "terminal.txt"
-    environ = os.environ | SIX | {"NUM_SAMPLES": "5"}
+    five = SIX | {"NUM_SAMPLES": "5"}
     with terminal.open("w") as file:
-        head = subprocess.Popen(command, env=environ, stdout=file, stderr=subprocess.STDOUT)
+        head = subprocess.Popen(command, env=os.environ | five, stdout=file, stderr=subprocess.STDOUT)
     wait_for(lambda: "_00003  epoch 1/5" in terminal.read_text(), 240, "the fourth trial's first epoch")
     job = job_of(terminal.read_text())
     for pid in pids(f" head {job}"):
@@ -253,7 +179,7 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
     with (course / "runs" / job / "events.jsonl").open("a") as file:  # as if it had been killed while it wrote
         file.write('{"time": "')
 
-    status, second = quickstart(course, *command, RESUME=f"runs/{job}")
+    status, second = quickstart(course, *command, **five, RESUME=f"runs/{job}")
     assert status == 0, second
     assert re.findall(r"_(\d{5})  started", second) == ["00003", "00004"]  # the others are not trained again
     expected = {key: row for key, row in decisions(whole / "runs" / job_of(log)).items() if key[0] < 5}
@@ -282,26 +208,26 @@ def container(tmp_path):
 
 @pytest.fixture
 def interrupted(course, demo, container):
-    """A laptop's run that gets Ctrl-C (130) in its first trial, or whose terminal is closed (129), and leaves nothing.
+    """A laptop's run that gets Ctrl-C (130) or whose terminal is closed (129) at a moment, and leaves nothing.
 
     Its Python is in a container, whose processes are to be found from outside.
     """
     environ = os.environ | SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
     command, environ = ["setsid", "--ctty", "--wait", "bash", HEAD], environ | container
 
-    def run(status):
+    def run(status, moment):
         ours, terminal = pty.openpty()
         head = subprocess.Popen(command, cwd=course, env=environ, stdin=terminal, stdout=terminal, stderr=terminal)
         os.close(terminal)
         shown = ""
 
-        def trains():
+        def says_so():
             nonlocal shown
             while select.select([ours], [], [], 0)[0]:
                 shown += os.read(ours, 65536).decode(errors="replace")
-            return "  started" in shown
+            return moment in shown
 
-        wait_for(trains, 120, "the first trial")
+        wait_for(says_so, 120, moment)
         job = job_of(shown)
         of_ray, marked = users_of(f"/tmp/ray_{job}."), pids(f" head {job}")
         assert len(of_ray) > 10 and not [command_of(pid) for pid in of_ray if pid not in marked and command_of(pid)]
@@ -321,7 +247,7 @@ def interrupted(course, demo, container):
 
 
 def test_a_run_whose_terminal_is_closed_leaves_nothing(interrupted):
-    interrupted(129)
+    interrupted(129, "Ray head at")
 
 
 def test_of_two_runs_at_once_from_one_folder_one_is_interrupted_and_the_other_completes(slurm, course, demo, container,
@@ -337,7 +263,7 @@ def test_of_two_runs_at_once_from_one_folder_one_is_interrupted_and_the_other_co
         for port in (6379, 8265, 10001):
             taken.enter_context(socket.create_server(("127.0.0.1", port)))
         run = subprocess.Popen(inside, cwd=course, env=environ, text=True, stdout=subprocess.PIPE)
-        first = interrupted(130)
+        first = interrupted(130, "  started")
         log = run.communicate(timeout=600)[0]
     assert run.returncode == 0 and job_of(log) != first, log
     said = r"head worker1 \| inside Slurm job \d+, but not by sbatch: this node alone is used, and no jobs"
