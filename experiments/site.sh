@@ -21,7 +21,7 @@ SITE_CONSTRAINT="v100"                   # your site's name for the GPU type (si
 # first. Otherwise activate it here; a CUDA module is not needed.
 # source "$HOME/miniforge3/bin/activate" bloom_hpo           # conda
 # source "$HOME/venvs/bloom_hpo/bin/activate"                # another virtual environment
-# CONTAINER="apptainer exec --nv --bind /tmp,$HOME $HOME/bloom_hpo.sif"   # python in a container
+# CONTAINER="ch-run -b /home --set-env=PATH=/opt/hpo/bin:/usr/bin:/bin /home/you/bloom_hpo --"   # in a container
 # NODE_ADDRESS=$(ip -4 -o addr show ib0 | awk '{ sub("/.*", "", $4); print $4 }')   # nodes reach each other at ib0 only
 # ---- end of EDIT ----------------------------------------------------------------------------------------------------
 
