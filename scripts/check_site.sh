@@ -109,22 +109,13 @@ check_inputs() {                                             # variables, model 
     while read -r error; do failed "inputs: $error"; done < <(sed -n 's/^ERROR: //p' <<<"$said")
 }
 
-free_mb() { df --output=avail -BM "$1" 2>/dev/null | tail -n 1 | tr -d 'M ' | grep . || echo 0; }
-
-check_disk() {                                               # check_disk FOLDER MB: only writing tells of a quota
+check_disk() {                                               # check_disk FOLDER MB FIX [KIND]: only writing tells of a quota
     local free said=""
-    free=$(free_mb "$1")
+    free=$(df --output=avail -BM "$1" 2>/dev/null | tail -n 1 | tr -d 'M ' | grep . || echo 0)
     ((free >= $2)) && said=$(timeout 120 dd if=/dev/zero of="$1/check_site.$JOB" bs=1M count=50 conv=fsync 2>&1)
     verdict $? "disk: $1 has $free MB free, a run needs $2" "${said:+50 MB cannot be written: ${said%%$'\n'*}}" \
-        "make room (quota -s), or clone to a larger file system"
+        "$3" "${4:-FAILED}"
     rm -f "$1/check_site.$JOB"
-}
-
-check_shm() {
-    local free
-    free=$(free_mb /dev/shm)
-    ((free >= 500))                                          # the object store, see start_ray
-    verdict $? "/dev/shm has $free MB free" "Ray wants 500, else takes /tmp" "container: --shm-size=1g" warning
 }
 
 check_limits() {
@@ -153,9 +144,9 @@ check_gpus() {                                               # and TRIALS at onc
 check_machine() {
     [[ $ROLE == head ]] || check_gpus
     check_inputs
-    check_disk "$RUN_DIR" 100                                # without checkpoints [5]
-    check_disk /tmp 1000                                     # Ray's folder [45]; its objects if /dev/shm is small
-    check_shm
+    check_disk "$RUN_DIR" 100 "make room (quota -s), or clone to a larger file system"   # without checkpoints [5]
+    check_disk /tmp 1000 "make room"                         # Ray's folder [45]; its objects if /dev/shm is small
+    check_disk /dev/shm 500 "container: --shm-size=1g" warning   # Ray's objects, see start_ray
     check_limits
 }
 

@@ -5,7 +5,7 @@
 
 OUT/model       BLOOM architecture, random weights, byte-level BPE tokenizer; loads with transformers' Auto classes
 OUT/squad       train-v1.1.json and dev-v1.1.json, in SQuAD v1.1 format: 1,000 and 100 questions
-OUT/demo.json   what was made: the options, and a checksum of this script and of every file
+OUT/demo.json   what was made: a checksum of this script and of every file
 
 Each question asks for one of 32 facts that hold in the whole data set ("Who keeps the north tower?"). Train and dev
 share no context and no wording of a question, so only a model that has learned the facts answers the dev questions.
@@ -23,7 +23,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-OPTIONS = {"train": 1000, "dev": 100, "seed": 42}  # questions in each file, two to a context
+QUESTIONS_OF = {"train": 1000, "dev": 100}  # in each file, two to a context
 
 # ---- The town of Larkmoor --------------------------------------------------------------------------------------------
 # fmt: off
@@ -118,7 +118,7 @@ def make_paragraph(rng, wordings):
 def make_squad(rng, split, wordings, used):
     """A SQuAD v1.1 document, on contexts that are not in `used`; adds them to it."""
     pages, made = [], 0
-    while made < OPTIONS[split]:
+    while made < QUESTIONS_OF[split]:
         paragraph = make_paragraph(rng, wordings)
         if paragraph["context"] in used:
             continue
@@ -159,7 +159,7 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **tokens, **settings)
 
 
-def make_demo(folder, options):
+def make_demo(folder):
     """Write the whole demo to `folder`, which does not exist yet."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, warns that it sees no GPU
     from transformers import BloomConfig, BloomForCausalLM, set_seed
@@ -176,12 +176,13 @@ def make_demo(folder, options):
     # Weights are written readable by their owner only; give them the mode of the other files, for shared folders.
     shutil.copymode(folder / "model/config.json", folder / "model/model.safetensors")
 
-    rng, used = random.Random(OPTIONS["seed"]), set()
+    rng, used = random.Random(42), set()
     (folder / "squad").mkdir()
     for split, wordings in (("train", slice(None, -1)), ("dev", slice(-1, None))):
         text = json.dumps(make_squad(rng, split, wordings, used), indent=1) + "\n"
         (folder / f"squad/{split}-v1.1.json").write_text(text)
-    (folder / "demo.json").write_text(json.dumps({"options": options, "files": checksums(folder)}, indent=1) + "\n")
+    stamp = {"script": checksums(Path(__file__)), "files": checksums(folder)}
+    (folder / "demo.json").write_text(json.dumps(stamp, indent=1) + "\n")
 
 
 def checksums(folder):
@@ -190,12 +191,12 @@ def checksums(folder):
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def is_made(out, options):
+def is_made(out):
     """Whether `out` is this demo. Ends the program if making it would destroy what others made."""
-    found, stamp = checksums(out), {"options": None, "files": {}}
+    found, stamp = checksums(out), {"script": None, "files": {}}
     if found.pop("demo.json", None):
-        stamp = json.loads((out / "demo.json").read_text())
-    if stamp["options"] == options and stamp["files"].items() <= found.items():
+        stamp |= json.loads((out / "demo.json").read_text())
+    if stamp["script"] == checksums(Path(__file__)) and stamp["files"].items() <= found.items():
         return True
     if foreign := [name for name, checksum in found.items() if stamp["files"].get(name) != checksum]:
         sys.exit(f"ERROR: {out / foreign[0]} is not as this script makes it; move it away, or name another folder")
@@ -206,19 +207,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
     out = parser.parse_args().out.resolve()
-    options = OPTIONS | {"script": checksums(Path(__file__))["."]}
     for end in (signal.SIGINT, signal.SIGTERM):  # leave as by an error, so that the temporary folder is removed
         signal.signal(end, lambda number, frame: sys.exit(128 + number))
-    if is_made(out, options):
+    if is_made(out):
         print(f"{out} holds this demo already: nothing to do")
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as beside:
-        make_demo(Path(beside, "new"), options)  # then renamed, so that `out` is never half made
+        make_demo(Path(beside, "new"))  # then renamed, so that `out` is never half made
         if out.exists():
             out.rename(Path(beside, "old"))
         Path(beside, "new").rename(out)
-    print(f"{out}: a tiny BLOOM with random weights, {OPTIONS['train']} train and {OPTIONS['dev']} dev questions")
+    print(f"{out}: a tiny BLOOM with random weights, 1,000 train and 100 dev questions")
 
 
 if __name__ == "__main__":

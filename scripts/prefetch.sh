@@ -4,10 +4,11 @@
 #   exports=$(bash scripts/prefetch.sh) && eval "$exports"              # fetch; set the variables; then sbatch as usual
 #   MODEL_NAME=bigscience/bloom-1b1 bash scripts/prefetch.sh /scratch/course      # another model, another folder
 #
-# MODEL_NAME and SQUAD_DATA are hub ids or local folders, as for a run. The folder (default: prefetched, at the top of the
-# repository) must be one that the compute nodes see. Files that it holds already are not fetched again, so a fetch that
-# was cut short goes on with the next call. Prints the export lines of the run on stdout, everything else on stderr. Exit
-# status 0 only if a run would find all that it needs; 2 with one line for each thing that is wrong.
+# MODEL_NAME and SQUAD_DATA are hub ids or local folders, as for a run; local ones stay where they are. The folder
+# (default: prefetched, at the top of the repository) must be one that the compute nodes see. Files that it holds already
+# are not fetched again, so a fetch that was cut short goes on with the next call. Prints the export lines of the run on
+# stdout, everything else on stderr. Exit status 0 only if a run would find all that it needs; 2 with one line for each
+# thing that is wrong.
 set -euo pipefail
 
 REPO=$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -155,20 +155,6 @@ def one_slot():
     return ("--head", *ports, *less, "--num-cpus=4", '--resources={"trial_slot": 1}')
 
 
-@pytest.fixture(scope="session")
-def private_ray():
-    """Variables that point to a plain Ray with room for one trial, whose processes can import the lesson."""
-    folder, variables = f"/tmp/ray_test_{os.getpid()}", {"RAY_AUTH_MODE": "disabled"}
-    environ = os.environ | variables | {"PYTHONPATH": str(SCRIPT.parent)}
-    head = start_ray(*one_slot(), f"--temp-dir={folder}", log=f"{folder}.log", environ=environ)
-    try:
-        yield variables | {"RAY_ADDRESS": address_of(folder)}
-    finally:
-        end_ray(head)
-        shutil.rmtree(folder, ignore_errors=True)
-        Path(f"{folder}.log").unlink()
-
-
 SPACE = {"LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "BS_CHOICES": "2 4", "WD_CHOICES": "0.0 0.1"}
 SMALL = {"TRAIN_SAMPLES": "32", "EVAL_SAMPLES": "16", "WORKERS_PER_TRIAL": "1"}
 
@@ -238,6 +224,15 @@ class Cluster:
     def trouble(self, *what):
         """trouble("cut", "worker1") and so on: see mini_slurm.sh. Only of machines."""
         return self("bash", REPO / "tests/mini_slurm.sh", *what)
+
+    def cancel(self, job):
+        """Cancels a head's job, which is to end in order and to leave nothing."""
+        self("scancel", job)
+        end = self.wait_for_end(job, 30)
+        assert end["JobState"] == "CANCELLED" and end["ExitCode"] == "143:0"
+        assert re.search(rf"===== JOB {job} FINISH : .* =====\n\Z", self.log(job))
+        assert not re.search("SIGTERM received|Killed|Traceback", self.log(job))
+        nothing_is_left(self, job, seconds=30)
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ start_machine() {   # start_machine NAME ADDRESS: and its slurmd
         cd "$4"
         slurmd -D -f "$4/slurm.conf" -N "$1"
         exit' bash "$1" "$2" "$home" "$DIR" "$(<"$DIR/run/slurmctld.pid")" "$(<"$DIR/shared")"
-    await_up 10 "node $1 to start" test -s "$DIR/run/slurmd-$1.pid"
+    await_up 30 "node $1 to start" test -s "$DIR/run/slurmd-$1.pid"
 }
 
 power_off() {       # power_off NAME
@@ -159,7 +159,7 @@ trouble() {         # trouble VERB [NODE]...
         restart)    power_off "$2"
                     start_machine "$2" "$address"
                     for state in down resume; do    # by itself Slurm believes for a minute that its jobs still run
-                        timeout 5 scontrol update nodename="$2" state=$state reason="was off" 2>/dev/null || true
+                        timeout 30 scontrol update nodename="$2" state=$state reason="was off" 2>/dev/null || true
                     done ;;
         lag)        lag "${@:2}" ;;
         freeze)     kill -s STOP "$(<"$DIR/run/slurmctld.pid")" ;;
@@ -310,12 +310,11 @@ up() {
 }
 
 leftovers() {       # prints the pids that belong to this folder: daemons, job steps, and all that the jobs started
-    local link pid comm
+    local link pid
     # Slurm's own processes work inside the folder (a job step blanks its command line and environment) ...
     while read -r link; do
         pid=${link//[!0-9]/}
-        { read -r comm <"/proc/$pid/comm"; } 2>/dev/null || continue
-        [[ ! $comm =~ ^(munged|slurm.*|unshare)$ ]] || echo "$pid"
+        [[ ! $(cat "/proc/$pid/comm" 2>/dev/null) =~ ^(munged|slurm.*|unshare)$ ]] || echo "$pid"
     done < <(find /proc/[0-9]*/cwd -maxdepth 0 \( -lname "$DIR" -o -lname "${DIR}[/ ]*" \) 2>/dev/null)
     # ... and a job's processes, even those that left its process tree, have these two variables.
     { grep -lzsFx "SLURM_CONF=$DIR/slurm.conf" /proc/[0-9]*/environ || true; } |

@@ -31,4 +31,6 @@ fi
 
 .venv/bin/ruff check --extend-select E501 --line-length 120 .
 git ls-files -z '*.sh' '*.slurm' .ci/run | xargs -0 shellcheck -x
-exec .venv/bin/python -m pytest -p no:cacheprovider -n 2 --dist loadfile "$@" tests   # two files at a time: much of it is waiting
+# Two files at a time: much of it is waiting. Those that take longest first, so that at the end both are busy.
+exec .venv/bin/python -m pytest -p no:cacheprovider -n 2 --dist loadfile --no-loadscope-reorder "$@" \
+    tests/test_{run,faults,exercises,fast_trials,neighbours,training,nobody_let_in}.py tests/test_*.py

@@ -20,7 +20,8 @@ MOMENTS=("joined" "  started" "epoch 1/")
 TRIALS=2 completed=0 lost=0 left=0 missed=0 memory_first=""
 
 DIR=$(mktemp -d /tmp/soak.XXXX)
-sandbox() { MINI_SLURM_DIR=$DIR/slurm MINI_SLURM_SHARED=$DIR bash "$REPO/tests/mini_slurm.sh" "$@" 2>/dev/null; }
+export MINI_SLURM_DIR=$DIR/slurm MINI_SLURM_SHARED=$DIR MINI_SLURM_FIRST_JOB=$(($$ % 9000 * 1000 + 1))
+sandbox() { bash "$REPO/tests/mini_slurm.sh" "$@" 2>/dev/null; }
 trap 'sandbox down; rm -rf "$DIR"' EXIT
 bash "$REPO/scripts/setup_env.sh"
 mkdir "$DIR/repo"

@@ -69,7 +69,7 @@ def nothing_left(site, cluster_environ):
 
 # ---- All is well -------------------------------------------------------------------------------------------
 EVERYWHERE = ("packages: those of requirements.txt", r"inputs: .*/squad can be loaded")
-ON_NODES = (*EVERYWHERE, "address: ", "disk: .*runs", "disk: /tmp ", "/dev/shm")
+ON_NODES = (*EVERYWHERE, "address: ", "disk: .*runs", "disk: /tmp ", "disk: /dev/shm")
 ALL_IS_WELL = {
     "login": (*EVERYWHERE, "Slurm: slurm", f"{HEAD}: Slurm takes it", f"{WORKER}: Slurm takes it",
               "bloom_hpo_manual.slurm: Slurm takes it", "save_best.slurm: Slurm takes it",
@@ -100,9 +100,9 @@ def test_without_slurm_it_says_so_and_checks_this_machine(site, tmp_path):
     status, lines = check(site, PATH=str(tmp_path / "bin"))
     assert status == 0
     assert lines[0].startswith("warning  login     Slurm: no sbatch here, so this machine alone is checked")
-    said = re.compile("(?:ok|warning) +login +(packages|disk|/dev/shm|processes)")
+    said = re.compile("(?:ok|warning) +login +(packages|disk|processes)")
     found = [said.match(line)[1] for line in lines[1:-1]]
-    assert found == ["packages", "disk", "disk", "/dev/shm", "processes"]
+    assert found == ["packages", "disk", "disk", "disk", "processes"]
     assert not (site / ASHA / "runs").exists()
     (site / ASHA / "runs").write_text("a file")
     status, lines = check(site, PATH=str(tmp_path / "bin"))
@@ -120,14 +120,15 @@ RAY_STARTED = f"{RAY_LOG}; true & RAY=$!; wait; (ray_started) 2>&1"  # it has en
 STATES = [  # check, what is done before it, what it must say
     ("check_packages", "sed -i s/^torch==.*/torch==1.0/ requirements.txt", FAILED + ".*, but not torch==1.0; "),
     ("check_packages", "echo no-such-one==2 >>requirements.txt", FAILED + "packages: .*, but not no-such-one==2; "),
-    ("check_packages", "rm .venv; PATH=/none", FAILED + r"Python: no python found; run: bash \S+scripts/setup_env.sh"),
+    ("check_packages", "rm -r .venv; PATH=/none", FAILED + r"Python: no python found; run: bash \S+/setup_env.sh"),
     ("check_inputs", "export SQUAD_DATA=$PWD", FAILED + "inputs: SQUAD_DATA='"),
     ("check_inputs", "export LR_LOWER=1 NUM_EPOCHS=x", FAILED + f"inputs: NUM_EPOCHS='x': .*{FAILED}inputs: LR_LOWER="),
-    ('check_disk "$RUN_DIR" 100', MOUNT.format("20m", 0, '"$RUN_DIR"'),
+    ('check_disk "$RUN_DIR" 100 "make room"', MOUNT.format("20m", 0, '"$RUN_DIR"'),
      FAILED + "disk: .*/runs has 20 MB free, a run needs 100; fix: "),
-    ('check_disk "$RUN_DIR" 100', MOUNT.format("200m", 1, '"$RUN_DIR"'),
+    ('check_disk "$RUN_DIR" 100 "make room"', MOUNT.format("200m", 1, '"$RUN_DIR"'),
      FAILED + "disk: .*/runs has .*, 50 MB cannot be written: dd.* No space left on device; fix: make room"),
-    ("check_shm", MOUNT.format("64m", 0, "/dev/shm"), WARNING + r"/dev/shm has 64 MB free, Ray wants 500, .*fix: "),
+    ("check_disk /dev/shm 500 'container: --shm-size=1g' warning", MOUNT.format("64m", 0, "/dev/shm"),
+     WARNING + "disk: /dev/shm has 64 MB free, a run needs 500; fix: container"),
     ("check_limits", "ulimit -u 400",
      FAILED + r"processes: -?\d+ more may be started, 1 trial\(s\) at once need 800.*fix: ulimit -u \(now 400\)"),
     ("check_gpus", "export SLURM_JOB_ID=1 ON_SLURM=yes SLURM_CPUS_ON_NODE=20 CPUS_PER_WORKER=16",

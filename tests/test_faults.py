@@ -76,7 +76,7 @@ def test_replacements_have_an_end_and_each_worker_that_cannot_work_says_why(clus
             (bare / tool.name).symlink_to(tool)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     root = cluster.folder.parents[3]
-    (root / ".venv").unlink()  # as with conda or modules, PATH has the environment
+    shutil.rmtree(root / ".venv")  # as with conda or modules, PATH has the environment
     replace(root / "scripts/job/this_node.py", ("/dev/nvidiactl", str(driver)))
     site = root / "experiments/site.sh"
     site.write_text(f"""{site.read_text()}
@@ -175,7 +175,7 @@ def test_a_run_whose_folder_a_worker_cannot_see_says_so(cluster):
 
 
 def test_a_requeued_job_goes_on_where_it_was(cluster, demo):
-    """Its node lost its power, or its user has requeued it. Also where an earlier sandbox has left a folder of its name."""
+    """Its node lost its power, or it was requeued. Also where an earlier sandbox has left a folder of this name."""
     jobs = map(int, re.findall(r"JobId=(\d+)", cluster("scontrol", "show", "job")))
     earlier = cluster.folder / "runs" / str(max(jobs, default=int(cluster.environ["MINI_SLURM_FIRST_JOB"]) - 1) + 1)
     (earlier / "head-1").mkdir(parents=True)

@@ -30,7 +30,8 @@ COURSE_COLUMNS = ["Combo ID", *HYPERPARAMETERS, "Eval Loss", "Runtime (s)"]
 BEST_COLUMNS = [f"Best {name}" for name in (*HYPERPARAMETERS, "Eval Loss")] + ["Total Runtime (s)", "Epochs"]
 SETTINGS = {"NUM_SAMPLES": "3", "NUM_EPOCHS": "5", "MODEL_NAME": "bigscience/bloom-560m", "SEED": "42",
             "SQUAD_DATA": "rajpurkar/squad", "TRAIN_SAMPLES": "1000", "EVAL_SAMPLES": "100", "WORKERS_PER_TRIAL": "2"}
-NO_LOG = "is not the log of a search or a manual grid; give runs/<jobid> or logs/ray_head_bloom_5epochs-<jobid>.out"
+NO_LOG = ("is not the log of a search, and its run folder is not here; "
+          "give runs/<jobid> or logs/ray_head_bloom_5epochs-<jobid>.out")
 
 
 # ---- A run made by hand: events, its folder and its log ----------------------------------------------------
@@ -155,16 +156,13 @@ def grid(folder):
               trial("lr=5e-06 per_device_bs=2 wd=0.01", error="out of memory", lr=5e-6, per_device_bs=2, wd=0.01),
               finished(600, 1)]
     log = log_of(folder, "10:01:00 manual n1 | settings:", "  NUM_EPOCHS         5",
-                 "RESULT lr=2e-5 per_device_bs=1 wd=0.0 eval_loss=0.512345 epoch=4 runtime_s=90.0",
-                 "RESULT lr=1e-05 per_device_bs=1 wd=0.0 eval_loss=1.234568 epoch=4 runtime_s=200.0",
-                 "FAILED lr=5e-6 per_device_bs=2 wd=0.01 : out of memory",
                  "10:09:00 manual n1 | ended with exit status 1", job="5", finish=600)  # fmt: skip
     return log, keep(folder, *events, job="5")
 
 
-def test_the_tables_of_a_manual_grid_are_the_same_from_its_record_and_from_its_log(tmp_path):
+def test_the_tables_of_a_manual_grid(tmp_path):
     log, folder = grid(tmp_path)
-    found, text = fill(folder)
+    found, text = fill(log)
     assert [list(row.values()) for row in found["Table 2"]] == [
         ["1", "2e-05", "1", "0", "0.512345", "90", "finished", "5"],
         ["2", "1e-05", "1", "0", "1.23457", "200", "finished", "5"],
@@ -173,24 +171,23 @@ def test_the_tables_of_a_manual_grid_are_the_same_from_its_record_and_from_its_l
     assert "FAILED: out of memory" in text and "ASHA" not in text and "exit status 1" in text
     assert "GPU-minutes: 20.0 allocated (2 GPU(s), from joining to the end), 9.7 busy" in text
     shutil.rmtree(folder)
-    assert fill(log)[0] == found
+    assert "its run folder is not here" in call(fill_tables, log).stderr
 
 
 def test_other_programs_get_all_digits_and_one_row_for_each_of_many_logs(sample, tmp_path):
     for name, text in (("ben", before("_00006  epoch 3/5")), ("cleo", "no log\n")):
         (tmp_path / name).write_text(text)
-    files = {f"--{name}": tmp_path / f"all.{name}" for name in ("csv", "json", "summary")}
+    files = {f"--{name}": tmp_path / f"all.{name}" for name in ("csv", "summary")}
     options = [part for pair in files.items() for part in pair]
     answer = call(fill_tables, sample[0], tmp_path / "ben", tmp_path / "cleo", *options)
     assert answer.returncode == 2 and answer.stderr.count("\n") == 1 and "cleo" in answer.stderr
-    rows, run = list(csv.DictReader(files["--csv"].open())), json.loads(files["--json"].read_text())[0]
-    assert list(rows[0])[:6] == COURSE_COLUMNS and len(rows) == len(run["trials"]) == 12
-    for row, told in zip(rows, run["trials"]):
-        reports = RESULTS[told["trial"]]["reports"]
+    rows = list(csv.DictReader(files["--csv"].open()))
+    assert list(rows[0])[:6] == COURSE_COLUMNS and len(rows) == 12
+    for row in rows:
+        reports = RESULTS[row["Trial"]]["reports"]
         losses = [report["eval_loss"] for report in reports]
-        assert float(row["Eval Loss"]) == told["eval_loss_last"] == losses[-1]
-        assert float(row["Runtime (s)"]) == told["runtime_s"] == reports[-1]["time_total_s"]
-        assert told["eval_loss_best"] == min(losses) and [loss for _, loss, _ in told["reports"]] == losses
+        assert float(row["Eval Loss"]) == losses[-1] and float(row["Lowest Eval Loss"]) == min(losses)
+        assert float(row["Runtime (s)"]) == reports[-1]["time_total_s"]
     anna, ben = csv.DictReader(files["--summary"].open())
     assert anna["Log"] == str(sample[0]) and anna["State"] == "complete" and anna["Seed"] == "42"
     columns = ["Total Job Time (s)", "Trials", "Epochs Trained", "Epochs of the Full Grid", *BEST_COLUMNS[:4], "Epochs"]
@@ -255,17 +252,20 @@ def test_the_head_job_fills_all_in_one_call(tmp_path):
     events = [*started(), event(9, "forecast", text="5 to 12 of 15 epochs, 8 on average"), *trial(0, *[2.0] * 5)]
     events[0]["start"] = f"{began:%Y-%m-%d %H:%M:%S %Z}"
     folder = keep(tmp_path, [each | {"time": began.astimezone(datetime.UTC).isoformat()} for each in events])
-    files = {"--tables": "t.md", "--csv": "trials.csv", "--json": "run.json", "--study": "study.db", "--plots": "r"}
+    assert call(fill_tables, folder, "--plots", folder / "r").returncode == 0
+    assert '<meta http-equiv="refresh" content="60">' in (folder / "r/report.html").read_text()  # it runs
+    files = {"--tables": "t.md", "--csv": "trials.csv", "--summary": "run.csv", "--study": "study.db", "--plots": "r"}
     options = [part for name, file in files.items() for part in (name, folder / file)]
     answer = call(fill_tables, folder, "--exit-status", 143, *options)
     assert (answer.returncode, answer.stderr) == (0, "") and answer.stdout.endswith(f": {folder}/r/report.html\n")
     assert {path.name for path in folder.iterdir()} == {*files.values(), "events.jsonl"}
-    (run,), text = json.loads((folder / "run.json").read_text()), (folder / "t.md").read_text()
-    assert run["state"] == "partial: the job ended early (cancelled, or at its time limit, exit status 143)"
+    (run,), text = csv.DictReader((folder / "run.csv").open()), (folder / "t.md").read_text()
+    assert run["State"] == "partial: the job ended early (cancelled, or at its time limit, exit status 143)"
     drawn = (folder / "r/slots.png").stat().st_mtime  # the job finishes after its pictures
-    assert run["total_time_s"] >= int(drawn) - int(began.timestamp()) >= 100
+    assert float(run["Total Job Time (s)"]) >= int(drawn) - int(began.timestamp()) >= 100
+    assert 'http-equiv="refresh"' not in (folder / "r/report.html").read_text()
     for page in (text, (folder / "r/report.html").read_text()):
-        assert f"{run['finish']} {began:%Z}" in page and "Forecast before the run: 5 to 12 of 15 epochs, 8 on" in page
+        assert run["Job Finish Time"] in page and "Forecast before the run: 5 to 12 of 15 epochs, 8 on" in page
 
 
 @pytest.mark.parametrize(("options", "says"), [
@@ -298,10 +298,9 @@ def test_the_status_of_a_trial_follows_from_its_events(tmp_path):
     assert lowest[0] == (1.8, {"lr": 2e-5, "per_device_bs": 1, "wd": 0.0, "seed": 7})
     assert [loss for loss, _ in lowest] == [1.8, 1.85, 2, 3.5, 4]
     again = [trial(5, 3.0, 2.0, 1.5, start=200), finished(300, 1)]
-    found, text = fill(keep(tmp_path, *parts, *again), "--json", tmp_path / "a.json")
+    found, text = fill(keep(tmp_path, *parts, *again))
     assert [row["Status"] for row in found["Table 2"]][4:] == ["cut off", "stopped by ASHA"]
     assert found["Table 2"][5]["Epochs"] == "3" and "Partial: the job ended early (failed, exit status 1)." in text
-    assert json.loads((tmp_path / "a.json").read_text())[0]["trials"][2]["eval_loss_last"] is None
 
 
 @pytest.mark.parametrize("trials", [[], [trial(0, error="no data")]])

@@ -105,7 +105,6 @@ def test_a_record_or_log_with_any_damage_is_read_or_refused_in_one_line(tmp_path
             continue
         fill_tables.markdown(fill_tables.sections(run)).encode()
         str([*fill_tables.trial_rows([run]), *fill_tables.run_rows([run])]).encode()
-        json.dumps(fill_tables.as_json(run), allow_nan=False).encode()
         compare_runs.comparison([run, run])
         draw_report.on_slots(run)
         as_study.compared(run, lambda trial: trial.best())

@@ -1,62 +1,15 @@
-"""The manual grid and its program: the same training as the search's, its record, and --best.
+"""The program of the manual grid: its options, its record, and --best.
 
-A grid that was cut short goes on: test_run.py. The winner for longer: test_exercises.py.
+The grid itself, its losses and those of the search, and the winner for longer: test_exercises.py.
 """
 
-import csv
 import json
-import os
-import re
-import subprocess
 from types import SimpleNamespace
 
 import pytest
-from conftest import HEAD, REPO, call, load_module
-
-GRID = "bloom_hpo_manual.slurm"
-SMALL = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "2", "CPUS_PER_WORKER": "1"}
+from conftest import REPO, call, load_module
 
 
-def test_a_combination_that_fails_is_named_and_the_losses_of_others_are_those_of_the_search(course, demo):
-    folder = course.parents[2] / "manual"
-    text = (folder / GRID).read_text()
-    for name, values in {"LEARNING_RATES": "20 1e-2", "BATCH_SIZES": "2", "WEIGHT_DECAYS": "0.01"}.items():
-        text, found = re.subn(rf"{name}=\(.*?\)", f"{name}=({values})", text)
-        assert found == 1
-    (folder / GRID).write_text(text)
-    environ = os.environ | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
-    grid = subprocess.run(["bash", GRID], cwd=folder, env=environ, text=True, check=False, capture_output=True,
-                          timeout=300)  # fmt: skip
-    assert grid.returncode == 1, grid.stdout + grid.stderr
-    why = "ERROR: --lr='20': must be a number above 0.0 and at most 10.0"
-    assert re.search(rf"^FAILED lr=20\S* per_device_bs=2 wd=0.01 : {why}", grid.stdout, re.MULTILINE)
-    assert grid.stdout.count("RESULT ") == grid.stdout.count("  epoch 2/2  eval_loss ") == 1  # from rank 0 alone
-    (row,) = csv.DictReader(next(folder.glob("results-*.csv")).open())
-    assert float(row["lr"]) == 1e-2
-
-    (record,) = folder.glob("runs/*/events.jsonl")
-    rows = [json.loads(line) for line in record.read_text().splitlines()]
-    assert {r["event"] for r in rows} >= {"started", "settings", "worker_joined", "finished"}
-    (failed,) = [r["error"] for r in rows if r["event"] == "trial_ended" and r["error"]]
-    assert why.removeprefix("ERROR: ") in failed
-    trained = "lr=0.01 per_device_bs=2 wd=0.01"
-    first, *reports, ended = [r for r in rows if r.get("trial") == trained]
-    assert first["event"] == "trial_started"
-    assert first["config"] == {"lr": 0.01, "per_device_bs": 2, "wd": 0.01}
-    assert [(r["event"], r["epoch"], r["training_iteration"]) for r in reports] == [("report", n, n) for n in (1, 2)]
-    assert (ended["event"], ended["error"]) == ("trial_ended", None)
-    assert 0 < reports[0]["seconds"] <= reports[1]["seconds"]  # to a tenth of a second
-    assert min(r["eval_loss"] for r in reports) == pytest.approx(float(row["eval_loss"]), abs=1e-5)
-
-    # The same configuration, seed and number of workers in a search: one training definition, so the same loss.
-    same = {"NUM_SAMPLES": "1", "LR_LOWER": "1e-2", "LR_UPPER": "1.0000001e-2", "BS_CHOICES": "2", "WD_CHOICES": "0.01"}
-    search = subprocess.run(["bash", HEAD], cwd=course, env=environ | same, text=True, check=True, capture_output=True,
-                            timeout=300)  # fmt: skip
-    losses = [float(loss) for loss in re.findall(r"epoch \d/2  eval_loss (\S+)", search.stdout)]
-    assert losses == pytest.approx([r["eval_loss"] for r in reports], abs=1e-4)
-
-
-# ---- The program -----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def manual():
     return load_module(REPO / "scripts/manual_hpo/bloom_hpo_manual.py")

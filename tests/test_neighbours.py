@@ -1,20 +1,48 @@
-"""The lesson alone, and without each of the files beside it: the same losses, and no more lost than the file says."""
+"""The lesson on a plain Ray, alone and without each of the files beside it: the same losses, and no more lost than the
+file says. And the script of population based training (PBT), which changes the lesson.
+"""
 
 import json
 import math
 import os
 import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import REPO, SCRIPT, table_of
+from conftest import (
+    REPO,
+    SCRIPT,
+    address_of,
+    end_ray,
+    one_slot,
+    start_ray,
+    table_of,
+    wait_for,
+)
 
 NEIGHBOURS = {"fast_trials", "run_state", "trial_log", "library_fixes", "own_data"}
 FEW = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "8", "NUM_EPOCHS": "1", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "1"}
 RATE = 'tune.sample_from(lambda spec: math.inf if spec.config["train_loop_config"]["per_device_bs"] == 8 else 1e-2)'
+
+
+@pytest.fixture(scope="module")
+def private_ray():
+    """Variables that point to a plain Ray with room for one trial, whose processes can import the lesson."""
+    folder, variables = f"/tmp/ray_test_{os.getpid()}", {"RAY_AUTH_MODE": "disabled"}
+    environ = os.environ | variables | {"PYTHONPATH": str(SCRIPT.parent)}
+    head = start_ray(*one_slot(), f"--temp-dir={folder}", log=f"{folder}.log", environ=environ)
+    try:
+        yield variables | {"RAY_ADDRESS": address_of(folder)}
+    finally:
+        end_ray(head)
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(f"{folder}.log").unlink()
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +100,11 @@ def test_without_a_neighbour_only_what_it_does_is_lost(missing, search_with, alo
     told = ["ended", "epoch", "epoch", "finished", "started", "started"]
     assert sorted(lines) == ([] if missing == "trial_log" else told)
     kept = {path.name for path in (folder / "results").iterdir()} - {"tune"}
-    assert kept == (set() if missing == "run_state" else {"events.jsonl"})
-
-
-def test_the_record_has_what_happened_to_each_trial(search_with, tmp_path):
-    import run_state
-
-    folder, log, losses = search_with(*NEIGHBOURS)
-    events = run_state.read_record(folder / "results")
+    if missing == "run_state":
+        assert kept == set()
+        return
+    assert kept == {"events.jsonl"}  # what happened to each trial
+    events = [json.loads(line) for line in (folder / "results/events.jsonl").read_text().splitlines()]
     names = [event["event"] for event in events]
     assert names[0] == "search" and names[-1] == "best" and sorted(names[1:-1]) == [
         *["report"] * 2, *["trial_ended"] * 2, *["trial_started"] * 2]
@@ -137,3 +162,78 @@ def test_only_a_lost_process_starts_again_not_one_that_could_not_be_made(tmp_pat
     assert not starts_again(RayActorError(None, "its node died"), failures=4)
     assert not starts_again(RayActorError(None, "ModuleNotFoundError", actor_init_failed=True))
     assert not starts_again(RuntimeError("training worker 0 died; out of memory?"))
+
+
+# ---- Population based training ---------------------------------------------------------------------------------------
+PBT = REPO / "scripts/raytune_hpo/raytune_pbt_scheduler/raytune_pbt_hpo.py"
+MUTATIONS = 'return {"lr": tune.loguniform(s.LR_LOWER, s.LR_UPPER), "wd": s.WD_CHOICES}'
+
+
+@pytest.fixture
+def pbt(tmp_path):
+    """A function that writes other mutations into a copy of the script -> its path."""
+    shutil.copytree(REPO / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    script = tmp_path / PBT.relative_to(REPO)
+
+    def mutating(mutations):
+        text = PBT.read_text()
+        assert text.count(MUTATIONS) == 1
+        script.write_text(text.replace(MUTATIONS, f"return {mutations}"))
+        return script
+
+    return mutating
+
+
+def test_weights_pass_from_trial_to_trial_also_in_a_run_that_is_continued(pbt, private_ray, demo, tmp_path):
+    """Mutations to a learning rate of nothing: after a copy the loss must stay what the donor's was at that epoch.
+
+    One trial at a time, so PBT pauses each after each epoch: the order of reports, and so the copies, do not depend on
+    the machine. One process a trial; two: test_training.py.
+    """
+    run_dir, log = tmp_path / "run", tmp_path / "log.txt"
+    command = [sys.executable, pbt('{"lr": [1e-12]}'), "--run-dir", run_dir]
+    environ = os.environ | private_ray | {"PYTHONPATH": str(SCRIPT.parent)} | {
+        "MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad"), "TRAIN_SAMPLES": "32",
+        "EVAL_SAMPLES": "16", "LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "BS_CHOICES": "2", "NUM_SAMPLES": "2",
+        "NUM_EPOCHS": "8", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "2",
+    }  # fmt: skip
+    with log.open("w") as output:
+        first = subprocess.Popen(command, env=environ, stdout=output, stderr=subprocess.STDOUT)
+        copied = lambda: proofs(log.read_text()) or first.poll() is not None
+        wait_for(copied, 180, "a trial that has trained what it copied")
+        saved = list(run_dir.glob("checkpoints/*/*/checkpoint-*"))
+        first.send_signal(signal.SIGINT)  # Ray records where each trial is, and ends
+        first.wait(60)
+        assert 2 <= len(saved) <= 4, saved  # of each trial the last one, and that to be copied; one may be about to go
+        status = subprocess.run(command, env=environ, stdout=output, stderr=subprocess.STDOUT, timeout=180, check=False)
+    assert status.returncode == 0, log.read_text()
+    before, after = log.read_text().split("continues the run in ")
+    for mine, donors in proofs(before + after):
+        assert mine == donors
+    copier = re.search(r"(\S+)  copies", before)[1]
+    kept = re.findall(rf"{copier}  epoch \d/8  eval_loss (\S+)", before)[-1]  # at a rate of nothing
+    copied, loss = re.search(rf"{copier}  (?:(copies)|epoch \d/8  eval_loss (\S+))", after).groups()
+    assert copied or loss == kept  # copied: after its last report in the first part
+    assert after.count("finished   all epochs") == 2 and "epoch 1/8" not in after  # each went on from its checkpoint
+    assert not (run_dir / "checkpoints").exists() and (run_dir / "tune/pbt_global.txt").stat().st_size > 0
+
+
+def proofs(log):
+    """For each copy that was then trained: (the copier's loss at its next epoch, the donor's at the copied epoch)."""
+    losses, waiting, found = {}, {}, []
+    for line in log.splitlines():
+        if match := re.search(r"search \| (\S+)  copies     (\S+) as it was after epoch (\d+)", line):
+            waiting[match[1]] = losses[match[2], int(match[3])]
+        elif match := re.search(r"search \| (\S+)  epoch (\d+)/\d+  eval_loss (\S+)", line):
+            losses[match[1], int(match[2])] = match[3]
+            if match[1] in waiting:
+                found.append((match[3], waiting.pop(match[1])))
+    return found
+
+
+@pytest.mark.parametrize("mutations, why", [
+    ('{"lr": [1e-3], "per_device_bs": [1, 2]}', "'per_device_bs' sets the steps of an epoch"),
+    ('{"warmup_ratio": [0.1]}', "'warmup_ratio' is not in the search space")])
+def test_what_a_copy_cannot_change_is_named_before_anything_starts(pbt, mutations, why):
+    with pytest.raises(SystemExit, match=f"^ERROR: mutations: {why}.*$"):
+        runpy.run_path(str(pbt(mutations)), run_name="__main__")

@@ -2,8 +2,6 @@
 
 import contextlib
 import csv
-import glob
-import json
 import os
 import pty
 import re
@@ -19,12 +17,10 @@ from conftest import (
     HEAD,
     HOSTILE,
     REPO,
-    SANDBOX,
     SMALL,
     SPACE,
-    Cluster,
     at_once,
-    best_of,
+    call,
     check_log,
     check_results,
     command_of,
@@ -32,6 +28,7 @@ from conftest import (
     events_of,
     job_of,
     left_by,
+    load_module,
     nothing_is_left,
     pids,
     quickstart,
@@ -41,12 +38,7 @@ from conftest import (
     wait_for,
 )
 
-TWO = {"WORKERS_PER_TRIAL": "2"}
-
-
-def fill_tables(*arguments):
-    tool = [REPO / ".venv/bin/python", REPO / "scripts/report/fill_tables.py", *arguments]
-    return subprocess.run(tool, check=True, capture_output=True, text=True, timeout=60).stdout
+SIX = {"NUM_SAMPLES": "6", "TRAIN_SAMPLES": "64", "WORKERS_PER_TRIAL": "1"}
 
 
 def linked_runs(course):
@@ -56,21 +48,15 @@ def linked_runs(course):
     return course
 
 
-@pytest.fixture(scope="module")
-def whole_run(slurm, demo, squad, tmp_path_factory):
-    """Twelve trials on one worker node that holds two: submitted, and watched to its end."""
-    cluster = Cluster(slurm, linked_runs(copy_of_the_course(tmp_path_factory.mktemp("course"))))
+def test_the_exercise_on_the_sandbox(cluster, demo, squad):
+    """Twelve trials on one worker node that holds two. Read like a student would."""
+    linked_runs(cluster.folder)
     variables = {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(squad), "CPUS_PER_WORKER": "4"}
-    job = cluster.submit(**HOSTILE | SPACE | SMALL | TWO | variables)
+    job = cluster.submit(**HOSTILE | SPACE | SMALL | variables | {"WORKERS_PER_TRIAL": "2"})
     file = cluster.folder / "runs" / job / "head-1/token"
     token = wait_for(lambda: file.exists() and file.read_text(), 60, "the token")
     assert cluster.wait_for_end(job, 900)["JobState"] == "COMPLETED", cluster.log(job)
-    return cluster, job, token, [cluster.job(each) for each in (job, *cluster.workers(job))]
-
-
-def test_the_exercise_on_the_sandbox(whole_run):
-    """Read like a student would."""
-    cluster, job, token, (record, end) = whole_run
+    record, end = (cluster.job(each) for each in (job, *cluster.workers(job)))
     run_dir = cluster.folder / "runs" / job
     (worker,) = cluster.workers(job)
     assert end["JobState"] == "COMPLETED" and end["NodeList"] == "worker1"
@@ -90,14 +76,16 @@ def test_the_exercise_on_the_sandbox(whole_run):
 
     # The tables of the run, and the tool's from the log: start, finish, total and costs are Slurm's own.
     assert "tables and pictures could not be made" not in log
-    told = fill_tables(cluster.folder / f"logs/ray_head_bloom_5epochs-{job}.out", "--json", cluster.folder / "run.json")
-    (found,) = json.loads((cluster.folder / "run.json").read_text())
+    file, summary = cluster.folder / f"logs/ray_head_bloom_5epochs-{job}.out", cluster.folder / "run.csv"
+    told = call(load_module(REPO / "scripts/report/fill_tables.py"), file, "--summary", summary).stdout
+    (found,) = csv.DictReader(summary.open())
     moment = lambda text: time.mktime(time.strptime(text.replace("T", " "), "%Y-%m-%d %H:%M:%S"))
     seconds, held = ([moment(each[key]) for key in ("StartTime", "EndTime")] for each in (record, end))
-    said = [moment(found[key]) for key in ("start", "finish")]
+    said = [moment(found[f"Job {key} Time"][:19]) for key in ("Start", "Finish")]
     assert abs(said[0] - seconds[0]) <= 1 and abs(said[1] - seconds[1]) <= 1
-    assert found["total_time_s"] == said[1] - said[0]
-    assert found["totals"]["allocated_min"] * 60 == pytest.approx(2 * (held[1] - held[0]), abs=1)  # two slots
+    assert float(found["Total Job Time (s)"]) == said[1] - said[0]
+    allocated = float(re.search(r": ([\d.]+) allocated \(2 slot", told)[1])  # in minutes, with one decimal
+    assert allocated * 60 == pytest.approx(2 * (held[1] - held[0]), abs=4)
     table = (run_dir / "tables.md").read_text()
     assert "by Slurm's record of the worker jobs" in told and "Forecast before the run: " in table
     for name, (*_, last) in reports.items():
@@ -111,74 +99,14 @@ def test_the_exercise_on_the_sandbox(whole_run):
     assert events["started"]["log"] == str(cluster.folder / f"logs/ray_head_bloom_5epochs-{job}.out")
     assert (events["worker_joined"]["job"], events["worker_joined"]["slots"]) == (worker, 2)
     assert events["worker_ended"]["seconds"] == held[1] - held[0] and events["finished"]["status"] == 0
-    assert f"forecast: {events['forecast']['text']}" in log and f"===== JOB {job} FINISH : {found['finish']}" in log
+    assert f"forecast: {events['forecast']['text']}" in log
+    assert f"===== JOB {job} FINISH : {found['Job Finish Time']}" in log
 
     # Workers left when they were told to, and nothing is left.
     assert held[1] - (run_dir / "head-1/shutdown.txt").stat().st_mtime < 5
     assert left_by(job, worker) == [] and not (run_dir / "head-1/token").exists()
     of_worker = cluster.log(worker, "worker")
     assert token not in log + of_worker + str(record) + str(end) and "START" in of_worker and "FINISH" in of_worker
-
-
-def test_the_manual_grid_goes_on_after_three_interruptions_and_compares_with_the_search(whole_run, demo, squad):
-    """Three combinations. The job is cancelled; a training is killed; the job is, with its script; the last ends."""
-    asha, asha_job, *_ = whole_run
-    manual = Cluster(asha.environ, asha.folder.parents[2] / "manual")
-    grid = manual.folder / "bloom_hpo_manual.slurm"
-    replace(grid, ("(1e-5 2e-4 5e-6)", "(1e-2 1e-3 2e-2)"), ("(1 2) ", "(4) "), ("(0.0 0.01)", "(0.01)"))
-    log_of = lambda job: manual.folder / f"logs/bloom_hpo_manual-{job}.out"
-    log = lambda job: log_of(job).read_text()
-
-    def trainers(job, lr):
-        return [pid for pid in pids(f" manual {job}") if f"bloom_hpo_manual.py --lr {lr} " in command_of(pid)]
-
-    jobs = []
-
-    def submit(lr):
-        """One more job of the grid, until it trains with this rate."""
-        variables = SMALL | TWO | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(squad)}
-        jobs.append(manual("sbatch", "--parsable", grid.name, **variables).strip())
-        wait_for(lambda: trainers(jobs[-1], lr), 240, f"the training with {lr}")
-        return jobs[-1]
-
-    job = submit("1e-2")
-    manual("scancel", job)
-    assert manual.wait_for_end(job, 60)["JobState"] == "CANCELLED" and "FINISH" in log(job)
-    job = submit("1e-3")
-    for pid in trainers(job, "1e-3"):  # as the OOM killer does: this combination fails, the next ones go on
-        os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: "FAILED " in log(job) and trainers(job, "2e-2"), 120, "the next combination")
-    manual("scancel", "--signal=KILL", "--full", job)
-    manual.wait_for_end(job, 60)
-    wait_for(lambda: not pids(f" manual {job}"), 30, "processes of the killed job to be gone")
-    job = submit("1e-3")
-    assert manual.wait_for_end(job, 400)["JobState"] == "COMPLETED", log(job)
-
-    found = [row for file in manual.folder.glob("results-*.csv") for row in csv.DictReader(file.open())]
-    combinations = {(float(row["lr"]), int(row["per_device_bs"]), float(row["wd"])) for row in found}
-    assert combinations == {(lr, 4, 0.01) for lr in (1e-2, 1e-3, 2e-2)} and len(found) == 3
-    assert sum(log(job).count("RESULT ") for job in jobs) == 3  # none trained to its end twice
-    assert re.search(r"lr=0.0\d per_device_bs=4 wd=0.01 is in results-\d+.csv already", log(job))
-    assert re.search(rf"===== JOB {job} FINISH : .* =====\n\Z", log(job))
-    assert "lr,per_device_bs,wd,eval_loss" in log(job)
-
-    # Each job has a record: the second one's training that was killed, and all three results in the last one's.
-    killed, last = (events_of(manual.folder / "runs" / job) for job in jobs[1:])
-    done, failed = [event["error"] for event in killed if event["event"] == "trial_ended"]
-    assert done is None and failed in log(jobs[1])
-    ended = [event for event in last if event["event"] == "trial_ended"]
-    assert [event["error"] for event in ended] == [None] * 3
-    losses = {event["trial"]: event["eval_loss"] for event in last if event["event"] == "report"}
-    assert {event["trial"] for event in ended} == set(losses)
-    assert (last[0]["kind"], last[2]["slots"], last[-1]["status"]) == ("manual", 1, 0)
-    assert glob.glob(f"{SANDBOX}/nodes/*/tmp/torch*") == []  # of torchrun
-
-    # The comparison of the two: the same settings, so it is one.
-    table = fill_tables("--compare", log_of(job), asha.folder / f"logs/ray_head_bloom_5epochs-{asha_job}.out")
-    assert "the runs are comparable" in table and "NOT COMPARABLE" not in table
-    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")]
-    lowest = [min(float(row["eval_loss"]) for row in found), best_of(asha.log(asha_job))["eval_loss"]]
-    assert [float(row[2]) for row in rows[2:4]] == pytest.approx(lowest, rel=1e-4)
 
 
 @pytest.mark.parametrize("edit, variables, said", [
@@ -194,30 +122,25 @@ def test_a_worker_job_that_cannot_serve_ends_the_run_with_the_reason(cluster, de
     nothing_is_left(cluster, job, seconds=10)
 
 
-@pytest.mark.parametrize("moment", ["START  :", "Best Trial Result"])
-def test_cancelled_at_any_moment_nothing_is_left(cluster, demo, squad, moment):
-    """In mid-training: test_of_two_runs_whose_workers_share_a_node_one_is_cancelled... of test_faults.py."""
-    one = {"NUM_SAMPLES": "1", "NUM_EPOCHS": "1"}
-    job = cluster.submit(**SPACE, **SMALL, **one, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(squad))
-    wait_for(lambda: moment in cluster.log(job) or "FINISH" in cluster.log(job), 240, f"{moment!r} in the log")
-    cluster("scancel", job)
-    end = cluster.wait_for_end(job, 30)
-    assert end["JobState"] == "CANCELLED" and end["ExitCode"] == "143:0"
-    assert re.search(rf"===== JOB {job} FINISH : .* =====\n\Z", cluster.log(job))
-    assert not re.search("SIGTERM received|Killed|Traceback", cluster.log(job))
-    nothing_is_left(cluster, job, seconds=30)
+def test_cancelled_at_its_start_nothing_is_left(cluster, demo):
+    """In mid-training: test_faults.py; at its end: test_exercises.py."""
+    job = cluster.submit(**SMALL, MODEL_NAME=str(demo / "model"), SQUAD_DATA=str(demo / "squad"))
+    wait_for(lambda: "START  :" in cluster.log(job), 60, "START in the log")
+    cluster.cancel(job)
 
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory):
-    """The quickstart with six trials, to its end. -> (the exercise's folder, exit status, log)"""
+    """The quickstart to its end, without a network. -> (the exercise's folder, exit status, log)"""
     course = linked_runs(copy_of_the_course(tmp_path_factory.mktemp("quick")))
-    status, output = quickstart(course, "bash", str(course.parents[3] / "scripts/quickstart.sh"), NUM_SAMPLES="6")
+    alone = ("unshare", "-n", "bash", "-c", 'ip link set lo up; exec "$@"', "bash") if os.geteuid() == 0 else ()
+    command = ("bash", str(course.parents[3] / "scripts/quickstart.sh"))
+    status, output = quickstart(course, *alone, *command, **SIX)
     return course, status, output[output.index("=====") :]
 
 
 def test_quickstart(quick_run):
-    """One command, no Slurm: six trials on a machine that holds one at a time."""
+    """One command, no Slurm, no network: six trials on a machine that holds one at a time."""
     course, status, log = quick_run
     assert status == 0 and "| Ray head at 127.0.0.1:" in log  # nothing of it is open to the network
     job = job_of(log)
@@ -241,8 +164,9 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
     linked_runs(course)
     command = ["bash", str(course.parents[3] / "scripts/quickstart.sh")]
     terminal = course / "terminal.txt"
+    five = SIX | {"NUM_SAMPLES": "5"}
     with terminal.open("w") as file:
-        head = subprocess.Popen(command, env=os.environ | {"NUM_SAMPLES": "5"}, stdout=file, stderr=subprocess.STDOUT)
+        head = subprocess.Popen(command, env=os.environ | five, stdout=file, stderr=subprocess.STDOUT)
     wait_for(lambda: "_00003  epoch 1/5" in terminal.read_text(), 240, "the fourth trial's first epoch")
     job = job_of(terminal.read_text())
     for pid in pids(f" head {job}"):
@@ -255,7 +179,7 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
     with (course / "runs" / job / "events.jsonl").open("a") as file:  # as if it had been killed while it wrote
         file.write('{"time": "')
 
-    status, second = quickstart(course, *command, RESUME=f"runs/{job}")
+    status, second = quickstart(course, *command, **five, RESUME=f"runs/{job}")
     assert status == 0, second
     assert re.findall(r"_(\d{5})  started", second) == ["00003", "00004"]  # the others are not trained again
     expected = {key: row for key, row in decisions(whole / "runs" / job_of(log)).items() if key[0] < 5}
@@ -265,32 +189,6 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
     assert jobs == [job, job_of(second)] and events_of(course / "runs" / job, "best")
     assert len(table_of(second)) == 5
     assert left_by(job, job_of(second)) == []
-
-
-def test_two_runs_at_once_from_one_folder_do_not_touch_each_other(slurm, course, demo, container):
-    """One on this machine, where another user's Ray has taken its usual ports.
-
-    The other is inside an allocation, as in salloc or from JupyterHub, and has its Python in a container.
-    """
-    environ = slurm | SPACE | SMALL | {"NUM_SAMPLES": "3", "NUM_EPOCHS": "2"}
-    environ |= {"MODEL_NAME": os.path.relpath(demo / "model", course), "SQUAD_DATA": str(demo / "squad")}
-    start = lambda command, **more: subprocess.Popen(command, cwd=course, env=environ | more, text=True,
-                                                     stdout=subprocess.PIPE)  # fmt: skip
-    inside = ["srun", "--quiet", "--nodelist=worker1", "--cpus-per-task=4", "bash", HEAD]
-    with contextlib.ExitStack() as taken:
-        for port in (6379, 8265, 10001):
-            taken.enter_context(socket.create_server(("127.0.0.1", port)))
-        runs = [start(["bash", HEAD]), start(inside, **container)]
-        logs = [run.communicate(timeout=600)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], logs
-    assert "stopped    by ASHA after epoch 1" in logs[0] and job_of(logs[0]) != job_of(logs[1])
-    said = r"head worker1 \| inside Slurm job \d+, but not by sbatch: this node alone is used, and no jobs"
-    assert re.search(said, logs[1]) and "submitted worker" not in logs[1]
-    assert f"Python: {course.parents[3]}/scripts/job/container/python" in logs[1]
-    for log in logs:
-        check_log(log, job_of(log))
-        check_results(log, course / "runs" / job_of(log), trials=3, epochs=2)
-        assert left_by(job_of(log)) == []
 
 
 @pytest.fixture
@@ -308,33 +206,69 @@ def container(tmp_path):
     return {"CONTAINER": str(command), "PATH": path, "TMPDIR": str(tmp_path)}
 
 
-@pytest.mark.parametrize("status", [129, 130])
-def test_a_laptops_run_that_is_interrupted_or_whose_terminal_is_closed_leaves_nothing(course, demo, container, status):
-    """With Python in a container, whose processes are to be found from outside."""
+@pytest.fixture
+def interrupted(course, demo, container):
+    """A laptop's run that gets Ctrl-C (130) or whose terminal is closed (129) at a moment, and leaves nothing.
+
+    Its Python is in a container, whose processes are to be found from outside.
+    """
     environ = os.environ | SPACE | SMALL | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(demo / "squad")}
-    ours, terminal = pty.openpty()
-    head = subprocess.Popen(["setsid", "--ctty", "--wait", "bash", HEAD], cwd=course, stdin=terminal, stdout=terminal,
-                            stderr=terminal, env=environ | container)  # fmt: skip
-    os.close(terminal)
-    shown = ""
+    command, environ = ["setsid", "--ctty", "--wait", "bash", HEAD], environ | container
 
-    def trains():
-        nonlocal shown
-        while select.select([ours], [], [], 0)[0]:
-            shown += os.read(ours, 65536).decode(errors="replace")
-        return "  started" in shown
+    def run(status, moment):
+        ours, terminal = pty.openpty()
+        head = subprocess.Popen(command, cwd=course, env=environ, stdin=terminal, stdout=terminal, stderr=terminal)
+        os.close(terminal)
+        shown = ""
 
-    wait_for(trains, 120, "the first trial")
-    job = job_of(shown)
-    of_ray, marked = users_of(f"/tmp/ray_{job}."), pids(f" head {job}")
-    assert len(of_ray) > 10 and not [command_of(pid) for pid in of_ray if pid not in marked and command_of(pid)]
-    if status == 130:
-        os.write(ours, b"\x03")  # Ctrl-C
-    else:
-        os.close(ours)
-    assert head.wait(60) == status
-    log = (course / f"logs/ray_head_bloom_5epochs-{job}.out").read_text()
-    assert f"ended with exit status {status}" in log and re.search(r"FINISH : .* =====\n\Z", log)
-    (finished,) = events_of(course / "runs" / job, "finished")
-    assert finished["status"] == status
-    assert left_by(job) == [] and not (course / "runs" / job / "head-1/token").exists()
+        def says_so():
+            nonlocal shown
+            while select.select([ours], [], [], 0)[0]:
+                shown += os.read(ours, 65536).decode(errors="replace")
+            return moment in shown
+
+        wait_for(says_so, 120, moment)
+        job = job_of(shown)
+        of_ray, marked = users_of(f"/tmp/ray_{job}."), pids(f" head {job}")
+        assert len(of_ray) > 10 and not [command_of(pid) for pid in of_ray if pid not in marked and command_of(pid)]
+        if status == 130:
+            os.write(ours, b"\x03")  # Ctrl-C
+        else:
+            os.close(ours)
+        assert head.wait(60) == status
+        log = (course / f"logs/ray_head_bloom_5epochs-{job}.out").read_text()
+        assert f"ended with exit status {status}" in log and re.search(r"FINISH : .* =====\n\Z", log)
+        (finished,) = events_of(course / "runs" / job, "finished")
+        assert finished["status"] == status
+        assert left_by(job) == [] and not (course / "runs" / job / "head-1/token").exists()
+        return job
+
+    return run
+
+
+def test_a_run_whose_terminal_is_closed_leaves_nothing(interrupted):
+    interrupted(129, "Ray head at")
+
+
+def test_of_two_runs_at_once_from_one_folder_one_is_interrupted_and_the_other_completes(slurm, course, demo, container,
+                                                                                         interrupted):  # fmt: skip
+    """Each with a Ray of its own on this machine, where another user's Ray has taken its usual ports.
+
+    The second is inside an allocation, as in salloc or from JupyterHub.
+    """
+    environ = slurm | SPACE | SMALL | container | {"NUM_SAMPLES": "3", "NUM_EPOCHS": "2"}
+    environ |= {"MODEL_NAME": os.path.relpath(demo / "model", course), "SQUAD_DATA": str(demo / "squad")}
+    inside = ["srun", "--quiet", "--nodelist=worker1", "--cpus-per-task=4", "bash", HEAD]
+    with contextlib.ExitStack() as taken:
+        for port in (6379, 8265, 10001):
+            taken.enter_context(socket.create_server(("127.0.0.1", port)))
+        run = subprocess.Popen(inside, cwd=course, env=environ, text=True, stdout=subprocess.PIPE)
+        first = interrupted(130, "  started")
+        log = run.communicate(timeout=600)[0]
+    assert run.returncode == 0 and job_of(log) != first, log
+    said = r"head worker1 \| inside Slurm job \d+, but not by sbatch: this node alone is used, and no jobs"
+    assert re.search(said, log) and "submitted worker" not in log
+    assert f"Python: {course.parents[3]}/scripts/job/container/python" in log
+    check_log(log, job_of(log))
+    check_results(log, course / "runs" / job_of(log), trials=3, epochs=2)
+    assert left_by(job_of(log)) == []

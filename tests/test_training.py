@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parent
+PBT = TESTS.parent / "scripts/raytune_hpo/raytune_pbt_scheduler"
 BASE = {"lr": 1e-3, "per_device_bs": 2, "wd": 0.0}
 CHANGES = [{}, {"lr": 2e-3}, {"per_device_bs": 1}, {"wd": 0.5}, {"warmup_ratio": 0.5}, {"adam_beta2": 0.5},
            {"max_grad_norm": 0.01, "adam_epsilon": 1e-3}]  # fmt: skip
@@ -25,17 +26,17 @@ ONE_STEP = {"per_device_bs": 4, "lr": 1e-2}  # four samples a step in one proces
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
-def train(demo, processes, trainings):
+def train(demo, processes, trainings, folder=""):
     """What train_variants.py found: {name: result}."""
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-         TESTS / "train_variants.py", demo / "model", demo / "squad",
+         TESTS / "train_variants.py", demo / "model", demo / "squad", folder,
          *(json.dumps(BASE | training) for training in trainings.values())],
-        env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        env=os.environ | {"PYTHONPATH": f"{TESTS}:{PBT}", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"},
         text=True, check=False, capture_output=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     results = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("RESULT "))[7:])
-    return dict(zip(trainings, results, strict=True))
+    return dict(zip([*(["from a checkpoint"] if folder else []), *trainings], results, strict=True))
 
 
 def strong_scores(source, folder):
@@ -71,10 +72,10 @@ def one(demo, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(demo):
+def two(demo, tmp_path_factory):
     """Results of trainings in two processes."""
     stages = {f"stage {stage}": ONE_STEP | {"per_device_bs": 2, "engine": stage} for stage in (2, 3)}
-    return train(demo, 2, {"frozen": FROZEN} | stages)
+    return train(demo, 2, {"frozen": FROZEN} | stages, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -144,3 +145,23 @@ def test_padding_does_not_overflow_in_a_head_of_strong_scores(one, precision):
     """fp16: the usual mask of -65,504 and a score of -40 are -inf, and a row of padding is NaN, which spreads."""
     found = one[f"{precision}, strong scores"]["eval_loss"]
     assert found == pytest.approx(one["fp32, strong scores"]["eval_loss"], rel=2e-3)
+
+
+def test_a_training_goes_on_from_anothers_weights_with_its_own_hyperparameters(two):
+    every = two["from a checkpoint"]
+    optimizers = {every[engine]["donor"]["optimizer"] for engine in every}
+    assert optimizers == {"AcceleratedOptimizer", "DeepSpeedOptimizerWrapper"}
+    for results in every.values():
+        donor, same, still, other = (results[name] for name in ("donor", "same", "still", "other"))
+        assert donor["step"] == 0
+        assert same["step"] == still["step"] == other["step"] == 8  # two of four epochs, 4 steps each
+        assert same["weights"] == still["weights"] == other["weights"] != donor["weights"]
+        assert same["losses"] == donor["losses"][2:]  # as if it had not been interrupted
+        assert still["losses"] == [donor["losses"][1]] * 2  # the donor's weights, and a rate of nothing
+        assert other["losses"][0] != donor["losses"][2]
+        decay, none = other["groups"]  # half of the schedule is over, so half of the rate is left
+        assert decay["lr"] == none["lr"] == pytest.approx(4e-2 / 2)
+        assert decay["betas"] == none["betas"] == [0.9, 0.8] and decay["eps"] == none["eps"] == 1e-6
+        assert (decay["weight_decay"], none["weight_decay"]) == (0.5, 0)
+        assert [group["lr"] for group in still["groups"]] == pytest.approx([5e-13, 5e-13])
+        assert other["last"] == pytest.approx(4e-2 / 16)  # the last of 16 steps, by the schedule

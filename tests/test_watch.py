@@ -8,14 +8,24 @@ import struct
 import subprocess
 import sys
 import termios
-import threading
 import weakref
 
 import fill_tables
 import pytest
 import watch_log
 from conftest import call, wait_for
-from test_fill_tables import COMPLETE, JOB, RECORD, TOOL, before, finished, joined, keep, started, trial
+from test_fill_tables import (
+    COMPLETE,
+    JOB,
+    RECORD,
+    TOOL,
+    before,
+    finished,
+    joined,
+    keep,
+    started,
+    trial,
+)
 
 ENVIRON = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
 MARKS = '00000", "config', '00000", "epoch": 2', '00002", "config'
@@ -146,30 +156,3 @@ def test_a_job_that_was_cancelled_ends_the_view_too_even_before_it_had_a_run_fol
         answer = call(fill_tables, "--watch", path)
         assert answer.returncode == 0
         assert ": 0:01:36 from START to FINISH\npartial: the job ended early (cancelled" in answer.stdout
-
-
-# ---- With a report -----------------------------------------------------------------------------------------
-def test_the_report_is_drawn_again_while_the_job_runs_and_at_its_end(job, tmp_path, monkeypatch):
-    folder, page = tmp_path / "pictures", tmp_path / "pictures/report.html"
-    job.say(COMPLETE)
-    job.record(STEPS[1])
-    monkeypatch.setattr(watch_log, "REDRAWN", 0)
-    seen = []
-
-    def student():  # the record grows each time that the report shows it as it is
-        for stopped, content in ((0, STEPS[2]), (1, RECORD)):
-            shown = lambda n=stopped: page.exists() and page.read_text().count("<td>stopped by ASHA") == n
-            wait_for(shown, 60, f"a report with {stopped} stopped trials")
-            seen.append(page.read_text())
-            job.record(content)
-
-    writer = threading.Thread(target=student)
-    writer.start()
-    run = call(fill_tables, "--watch", job.log, "--plots", folder)
-    writer.join()
-    assert run.returncode == 0
-    reload = '<meta http-equiv="refresh" content="60">'
-    assert len(seen) == 2 and all(reload in text for text in seen) and reload not in page.read_text()
-    assert page.read_text().count("<td>stopped by ASHA") == COMPLETE.count("stopped    by ASHA")
-    (tmp_path / "file").write_text("")
-    assert call(fill_tables, "--watch", job.log, "--plots", tmp_path / "file").returncode == 2

@@ -1,13 +1,4 @@
-"""Run by torchrun in test_schedulers.py: trainings that start from another one's checkpoint; prints a JSON line.
-
-    torchrun --standalone --nproc_per_node=2 train_from_checkpoint.py MODEL SQUAD FOLDER
-
-FOLDER: for the checkpoints, new. Each training as PBT's trials do it, with DeepSpeed and without.
-"""
-
-import json
-import os
-import sys
+"""For train_variants.py: trainings that start from another one's checkpoint, as those of PBT's trials do."""
 
 import ray
 import raytune_pbt_hpo as pbt
@@ -46,14 +37,14 @@ def train(hyperparameters, settings, rows, folder, start_from):
     return watch.seen | {"losses": [report["eval_loss"] for report in reports]}, reports
 
 
-model, squad, folder = sys.argv[1:]
-small = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "4"}
-settings = pbt.lesson.read_settings({"MODEL_NAME": model, "SQUAD_DATA": squad} | small)
-rows, results = pbt.lesson.load_squad(settings), {}
-for engine, pbt.lesson.DS_CONFIG in {"none": None, "deepspeed": SHIPPED}.items():  # accelerate knows no way back
-    results[engine], start = {}, None
-    for name, changes in VARIANTS.items():
-        results[engine][name], reports = train(DONOR | changes, settings, rows, f"{folder}/{engine}-{name}", start)
-        start = start or reports[1]["checkpoint"]  # the donor's, after epoch 2
-if os.environ["RANK"] == "0":
-    print("RESULT " + json.dumps(results), flush=True)
+def results(model, squad, folder):
+    """{engine: {variant: what was seen}}. The checkpoints are in the folder."""
+    small = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "4"}
+    settings = pbt.lesson.read_settings({"MODEL_NAME": model, "SQUAD_DATA": squad} | small)
+    rows, found = pbt.lesson.load_squad(settings), {}
+    for engine, pbt.lesson.DS_CONFIG in {"none": None, "deepspeed": SHIPPED}.items():  # accelerate knows no way back
+        found[engine], start = {}, None
+        for name, changes in VARIANTS.items():
+            found[engine][name], reports = train(DONOR | changes, settings, rows, f"{folder}/{engine}-{name}", start)
+            start = start or reports[1]["checkpoint"]  # the donor's, after epoch 2
+    return found

@@ -1,7 +1,8 @@
 """Run by torchrun in test_training.py: trains several configurations one after another, prints a JSON line of results.
 
-    torchrun --standalone --nproc_per_node=2 train_variants.py MODEL SQUAD TRAINING...
+    torchrun --standalone --nproc_per_node=2 train_variants.py MODEL SQUAD FOLDER TRAINING...
 
+FOLDER: if not empty, for the checkpoints of train_from_checkpoint.py, whose trainings then come first.
 TRAINING: a JSON dict of hyperparameters. Its key "engine", if any, is "none" (training without DeepSpeed), a ZeRO stage
 instead of the shipped one, or "no zero" (a ds_config.json that does not speak of ZeRO). Those with "none" come first:
 accelerate cannot switch back from DeepSpeed. Its keys "precision" and "model" stand for PRECISION and MODEL_NAME. CPUs
@@ -46,10 +47,14 @@ class Watch(TrainerCallback):
         self.seen |= {"weights": total, "optimizer": type(optimizer.optimizer).__name__}
 
 
-model, squad, *trainings = sys.argv[1:]
+model, squad, folder, *trainings = sys.argv[1:]
 small = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "1"}
 settings = hpo.read_settings({"MODEL_NAME": model, "SQUAD_DATA": squad} | small)
 rows, results, written = hpo.load_squad(settings), [], Path(f"{sys.argv[0]}.{os.getpid()}.json")
+if folder:
+    import train_from_checkpoint
+
+    results.append(train_from_checkpoint.results(model, squad, folder))
 for training in map(json.loads, trainings):
     stage, watch = training.pop("engine", 2), Watch()
     settings.PRECISION, settings.MODEL_NAME = training.pop("precision", "auto"), training.pop("model", model)

@@ -277,7 +277,7 @@ last_error() {                                         # last_error FILE: the en
 end_ray() { kill "$RAY" 2>/dev/null || true; }         # this can take a while; end_owned ends what is left
 
 likely_cause() {                                       # Ray itself only says "overloaded" or "GCS may have been killed"
-    python "$REPO/scripts/job/this_node.py" --why "$NODE_ADDRESS"
+    python "$REPO/scripts/job/this_node.py" --why "$(node_address)"
 }
 
 owned() {                                              # run a command whose process tree end_owned can find

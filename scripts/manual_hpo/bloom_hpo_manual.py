@@ -32,14 +32,6 @@ COLUMNS = ("lr", "per_device_bs", "wd", "eval_loss", "epoch", "runtime_s")
 FIRST = os.environ.get("RANK", "0") == "0"
 
 
-def best_configuration(run_folder):
-    """The train_loop_config of the lowest finite eval_loss in the record of a run. InputError if there is none."""
-    if found := read_run.lowest_losses(run_folder):
-        return found[0][1]
-    why = "no results of a search in this folder"
-    raise InputError(f"--best={str(run_folder)!r}: {why}; give one such as runs/<jobid>")
-
-
 def train(hyperparameters, settings, csv_file=None, record_file=None, new_model=None):
     """Trains in this process group; rank 0 prints the result, and writes it to the files that are given.
 
@@ -112,10 +104,8 @@ def main():
     limits_of = {"lr": "LR_LOWER", "bs": "BS_CHOICES", "wd": "WD_CHOICES", "epochs": "NUM_EPOCHS"}
     for option, name in limits_of.items():
         text = getattr(a, option)
-        try:
+        with check_inputs.told(problems, f"--{option}", text):
             value[option] = None if text is None else check_inputs.read_number(name, text)
-        except InputError as error:
-            problems.append(f"--{option}={text!r:.500}: {error}")
     for option, path in (("csv", a.csv), ("record", a.record)):
         if path and (path.is_dir() or not path.absolute().parent.is_dir()):
             problems.append(f"--{option}={str(path)!r}: not a file in an existing folder; give one")
@@ -124,7 +114,11 @@ def main():
             raise InputError("\n".join(problems))
         drawn, environ = {"lr": value["lr"], "per_device_bs": value["bs"], "wd": value["wd"]}, os.environ
         if a.best is not None:
-            drawn, environ = best_configuration(a.best), read_run.settings_of(a.best) | os.environ
+            found, environ = read_run.lowest_losses(a.best), read_run.settings_of(a.best) | os.environ
+            if not found:
+                why = "no results of a search in this folder; give one such as runs/<jobid>"
+                raise InputError(f"--best={a.best!r}: {why}")
+            drawn = found[0][1]
         settings = check_inputs.check(environ)
         settings.NUM_EPOCHS = value["epochs"] or settings.NUM_EPOCHS
         settings.WORKERS_PER_TRIAL = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun

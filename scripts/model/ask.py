@@ -45,46 +45,38 @@ class Model:
         self.tokenizer = AutoTokenizer.from_pretrained(name, **safe)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **safe)
         gpu = torch.cuda.is_available() and os.environ.get("GPUS_PER_WORKER") != "0"
-        self.model, self.chat = model.eval().to("cuda" if gpu else "cpu"), chat
+        self.model, self.chat = model.eval().requires_grad_(False).to("cuda" if gpu else "cpu"), chat
 
     def answers(self, rows):
         """The model's answer to each row {context, question}, by greedy decoding: a list of texts."""
-        import torch
-
         prompts = []
         for row in rows:
             coded = hpo.encode(row["context"], row["question"], "", self.tokenizer, MAX_LENGTH - NEW_TOKENS, self.chat)
             prompt = [token for token, label in zip(coded["input_ids"], coded["labels"], strict=True) if label == -100]
             prompts.append({"input_ids": prompt, "labels": [-100] * len(prompt)})
         end, found = self.tokenizer.eos_token_id, []
-        for batch in batches(prompts):
-            made = hpo.collate(batch, accepted=())  # padded on the left
-            inputs = {name: made[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-            with torch.inference_mode():
-                greedy = {"do_sample": False, "num_beams": 1, "eos_token_id": end, "pad_token_id": end}
-                tokens = self.model.generate(**inputs, **greedy, max_new_tokens=NEW_TOKENS)
+        for made in self.batches(prompts, accepted=()):  # padded on the left
+            inputs = {name: made[name] for name in ("input_ids", "attention_mask")}
+            greedy = {"do_sample": False, "num_beams": 1, "eos_token_id": end, "pad_token_id": end}
+            tokens = self.model.generate(**inputs, **greedy, max_new_tokens=NEW_TOKENS)
             new = tokens[:, inputs["input_ids"].shape[1] :]
             found += [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
         return found
 
     def losses(self, rows):
         """For each row {context, question, answers}: its loss, summed over its answer tokens; their number."""
-        import torch
-
         first = [(row["context"], row["question"], row["answers"]["text"][0]) for row in rows]
         coded, found = [hpo.encode(*row, self.tokenizer, MAX_LENGTH, self.chat) for row in first], []
         accepted = tuple(inspect.signature(self.model.forward).parameters)
-        for batch in batches(coded):
-            made = hpo.collate(batch, accepted)
+        for made in self.batches(coded, accepted):
             labels = made.pop("labels")
-            made = {name: x.to(self.model.device) if hasattr(x, "to") else x for name, x in made.items()}
-            with torch.inference_mode():
-                found += hpo.answer_losses(self.model(**made).logits.cpu(), labels).tolist()
+            found += hpo.answer_losses(self.model(**made).logits, labels).tolist()
         return found
 
-
-def batches(rows):
-    return (rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE))
+    def batches(self, rows, accepted):
+        for start in range(0, len(rows), AT_ONCE):
+            made = hpo.collate(rows[start : start + AT_ONCE], accepted)
+            yield {name: x.to(self.model.device) if hasattr(x, "to") else x for name, x in made.items()}
 
 
 # ---- Questions and scores --------------------------------------------------------------------------------

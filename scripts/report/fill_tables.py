@@ -17,8 +17,6 @@ inputs are still read. --watch: 130 after Ctrl-C.
 
 import argparse
 import csv
-import json
-import math
 import re
 import signal
 import sys
@@ -118,22 +116,6 @@ def markdown(parts):
 
 
 # ---- Values for other programs, unrounded ------------------------------------------------------------------
-def as_json(run):
-    """A run as plain values; a loss that is not finite becomes null."""
-    plain = lambda loss: loss if loss is not None and math.isfinite(loss) else None
-    trials = [{
-        "combo_id": int(t.id), "trial": t.name, "hyperparameters": t.params, "status": t.status, "cause": t.cause,
-        "eval_loss_last": plain(t.last), "eval_loss_best": t.best(), "runtime_s": t.clock(), "epochs": t.epochs,
-        "on_slot_s": t.spans, "reports": [[r.epoch, plain(r.loss), r.at] for r in t.reports.values()],
-    } for t in run.trials.values()]
-    return {
-        "source": run.source, "job": run.job, "state": run.state(), "start": run.jobs[0].start[:19],
-        "finish": run.jobs[-1].finish[:19], "total_time_s": run.seconds, "settings": run.settings,
-        "precisions": sorted(run.precisions), "trials": trials, "totals": totals(run), "scores": run.scores,
-        "best": run.best and {key: value for key, value in run.best.items() if key != "trial"},
-    }
-
-
 def trial_rows(runs):
     """A header and one row a trial of all runs."""
     extra = further_names(runs)
@@ -167,10 +149,8 @@ def all_tables(runs):
 
 def write_tables(a, runs):
     """Writes the files that the options ask for, but not the pictures."""
-    everything = json.dumps([as_json(run) for run in runs], indent=1, allow_nan=False)
-    for path, text in ((a.tables, all_tables(runs)), (a.json, everything)):
-        if path:
-            path.write_text(text + "\n", encoding="utf-8")
+    if a.tables:
+        a.tables.write_text(all_tables(runs) + "\n", encoding="utf-8")
     for path, rows in ((a.csv, trial_rows(runs)), (a.summary, run_rows(runs))):
         if path:
             with path.open("w", encoding="utf-8", newline="") as file:
@@ -200,19 +180,17 @@ def options():
     add("--tables", metavar="FILE", type=Path, help="write the tables (Markdown) into this file, do not print them")
     add("--csv", metavar="FILE", type=Path, help="write the trials, one row each")
     add("--summary", metavar="FILE", type=Path, help="write one row a run (CSV): job, state, times, best; for grading")
-    add("--json", metavar="FILE", type=Path, help="write everything: a list of runs")
     add("--study", metavar="FILE", type=Path, help="write one run as an Optuna study (SQLite), such as study.db")
     add("--plots", metavar="DIR", type=Path, help="write pictures (PNG) and report.html; of several runs: DIR/<job>")
     add("--compare", action="store_true", help="print what the runs cost, against the first (the manual grid, say), "
         "and which settings differ; with --plots DIR, draw their best loss over time and cost: DIR/compare.png")
-    add("--watch", action="store_true", help="show the trials of a running job until it ends; Ctrl-C stops it; "
-        "with --plots DIR, its report is drawn again each minute, and a browser that shows it reloads it")
+    add("--watch", action="store_true", help="show the trials of a running job until it ends; Ctrl-C stops it")
     add("--exit-status", metavar="N", type=int, help="for a job that ends now: its FINISH is this moment, N its status")
     a = parser.parse_args()
-    if a.watch and any((a.tables, a.csv, a.summary, a.json, a.study, a.compare, a.exit_status is not None)):
-        parser.error("--watch takes no other option than --plots")
-    if len(a.inputs) > 1 and (a.watch or a.study or a.exit_status is not None):
-        parser.error("--watch, --study and --exit-status take one input")
+    if a.watch and len(sys.argv) > 3:
+        parser.error("--watch takes one input and no other option")
+    if len(a.inputs) > 1 and (a.study or a.exit_status is not None):
+        parser.error("--study and --exit-status take one input")
     return a
 
 
@@ -225,7 +203,7 @@ def main():
         if a.watch:
             from watch_log import watch
 
-            return watch(a.inputs[0], a.plots)
+            return watch(Path(a.inputs[0]))
         for text in a.inputs:
             try:
                 runs.append(parse(text, a.exit_status))

@@ -1,7 +1,7 @@
 """An input of fill_tables.py as a Run: a run folder, or a log, which leads to its run folder by the job's id.
 
-Of a log whose run folder is not there: what the course's three tables need, from START and FINISH, the settings, Ray's
-boxed table and the best line, or from the results of the manual grid. Text of a log is never run as code.
+Of a search's log whose run folder is not there: what the course's three tables need, from START and FINISH, the
+settings, Ray's boxed table and the best line. Text of a log is never run as code.
 """
 
 import ast
@@ -12,7 +12,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from read_run import TITLES, as_run, events_of, show
+from read_run import as_run, events_of, show
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 EXERCISES = (EXPERIMENTS / "raytune/scheduler/asha", EXPERIMENTS / "manual")
@@ -36,8 +36,8 @@ def parse(text, exit_status=None):
     folder = path if path.is_dir() else folder_of(path, lines)
     events = events_of(folder) if folder else events_of_log(lines)
     if not events:
-        why = "is not a run folder (no events.jsonl)" if folder else "is not the log of a search or a manual grid"
-        raise NotALog(f"{path}: {why}; give runs/<jobid> or logs/ray_head_bloom_5epochs-<jobid>.out")
+        what = "a run folder (no events.jsonl)" if folder else "the log of a search, and its run folder is not here"
+        raise NotALog(f"{path}: is not {what}; give runs/<jobid> or logs/ray_head_bloom_5epochs-<jobid>.out")
     if exit_status is not None:
         finish = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         events.append({"time": time.time(), "event": "finished", "status": exit_status, "finish": finish})
@@ -62,15 +62,14 @@ def folder_of(log, lines):
 def events_of_log(lines):
     """What the lines tell, as events of a record; none if they are those of another job, such as a worker's."""
     roles, jobs, settings, status = {found[1] for found in map(ROLE.match, lines) if found}, [], {}, 0
-    if roles and not roles & {"head", "search", "manual"}:
+    if roles and not roles & {"head", "search"}:
         return []
-    kind = "manual" if "manual" in roles else "search"
     for line in lines:
         if banner := BANNER.match(line):
             with contextlib.suppress(ValueError):
                 at = {"time": datetime.fromisoformat(f"{banner[4]}+00:00").timestamp()}
                 if banner[2] == "START":
-                    jobs.append(at | {"event": "started", "job": banner[1], "start": banner[3], "kind": kind})
+                    jobs.append(at | {"event": "started", "job": banner[1], "start": banner[3]})
                     status = 0
                 elif jobs:
                     jobs.append(at | {"event": "finished", "status": status, "finish": banner[3]})
@@ -79,8 +78,7 @@ def events_of_log(lines):
         elif ended := STATUS.match(line):
             status = int(ended[1])
     start = {"time": jobs[0]["time"] if jobs else 0}
-    trials = grid_of(lines) if kind == "manual" else search_of(lines)
-    return jobs + [start | {"event": "settings"} | settings] * bool(jobs) + [start | event for event in trials]
+    return jobs + [start | {"event": "settings"} | settings] * bool(jobs) + [start | e for e in search_of(lines)]
 
 
 def events_of_trial(name, config, loss, epoch, seconds, error=None, ended=True):
@@ -89,17 +87,6 @@ def events_of_trial(name, config, loss, epoch, seconds, error=None, ended=True):
     yield {"event": "report", "trial": name, "eval_loss": loss, "epoch": epoch, "seconds": seconds, "decision": "STOP"}
     if ended:
         yield {"event": "trial_ended", "trial": name, "error": error}
-
-
-def grid_of(lines):
-    """The combinations that a manual grid has trained, in the order of its log."""
-    for line in lines:
-        if line.startswith(("RESULT ", "FAILED ")):
-            what, _, error = line.partition(" : ")  # a RESULT has no cause
-            values = re.findall(r"=(\S+)", what) + ["", "", ""]
-            config = dict(zip(TITLES, map(number, values)))
-            name = " ".join(f"{key}={value}" for key, value in config.items())
-            yield from events_of_trial(name, config, *values[3:6], error)
 
 
 def search_of(lines):

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,8 +16,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-REDRAWN = 60  # s between two drawings of a report, at least
-DRAWN = 300  # s that a drawing takes, at most
 SETTLED = 5  # s: before that, a log may begin with what the site prints, and a run folder be empty
 OPEN = ("running", "pending", "cut off")
 STYLES = {"running": "cyan", "stopped by ASHA": "dim", "FAILED": "red", "diverged": "red"}
@@ -95,35 +92,16 @@ def view(run, quiet, last, room):
     return Group(*above, *table, *below)
 
 
-def watch(text, folder=None):
-    """Shows a log, or that of a run folder, until its job has ended; keeps a report in a folder. -> exit status"""
+def watch(path):
+    """Shows a log, or that of a run folder, until its job has ended. -> exit status"""
     console = Console(markup=False, highlight=False, emoji=False)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by an exception, so that the terminal is restored
-    # The report is drawn by another process, so that the table goes on; the browser reloads it.
-    draw = [sys.executable, Path(__file__).with_name("fill_tables.py"), "--tables", os.devnull, "--plots", folder, text]
-    drawing, due = None, 0
     try:
-        if look(Path(text)) is None:
-            print(f"waiting for {text}: it is not there yet (Ctrl-C stops)", file=sys.stderr)
+        if look(path) is None:
+            print(f"waiting for {path}: it is not there yet (Ctrl-C stops)", file=sys.stderr)
         with Live(console=console, auto_refresh=False) as live:
-            for run, quiet, last in follow(Path(text)):
+            for run, quiet, last in follow(path):
                 live.update(view(run, quiet, last, console.height - 10), refresh=True)
-                ready = run.trials and not run.finished and (drawing is None or drawing.poll() is not None)
-                if folder and ready and time.monotonic() > due:
-                    due, nowhere = time.monotonic() + REDRAWN, subprocess.DEVNULL
-                    # of its own session: Ctrl-C is for the table
-                    drawing = subprocess.Popen(draw, stdout=nowhere, stderr=nowhere, start_new_session=True)
-        if folder:
-            print("the job has ended; drawing its report", flush=True)
-            if drawing:
-                drawing.wait(DRAWN)
-            return subprocess.run(draw, check=False, timeout=DRAWN).returncode
     except KeyboardInterrupt:
         return 130
-    except subprocess.TimeoutExpired:
-        print(f"ERROR: the report could not be drawn within {DRAWN} s", file=sys.stderr)
-        return 2
-    finally:
-        if drawing and drawing.poll() is None:
-            drawing.kill()
     return 0

@@ -71,14 +71,16 @@ def look_at(job):
 class ARun:
     """A run of the head script with cheap trials, in a copy of the repository in `folder`; watched each second."""
 
-    def __init__(self, folder, trials, epochs=5):
+    def __init__(self, folder, trials, epochs=5, demo=None):
         self.course, self.looks = copy_of_the_course(folder), []  # looks: (time, look_at())
-        scripts, demo = self.course.parents[3] / "scripts", folder / ".demo"
+        scripts = self.course.parents[3] / "scripts"
         (scripts / "raytune_hpo/raytune_asha_scheduler/fast_trials.py").write_text(CHEAP_TRIALS)
         text, line = (scripts / "job/ray_job.sh").read_text(), '    say "this node: '
         assert text.count(line) == 1
         (scripts / "job/ray_job.sh").write_text(text.replace(line, f"    SLOTS=2\n{line}"))
-        subprocess.run([sys.executable, REPO / "scripts/demo_assets.py", demo], check=True, stdout=subprocess.DEVNULL)
+        if not demo:
+            demo, quiet = folder / ".demo", subprocess.DEVNULL
+            subprocess.run([sys.executable, REPO / "scripts/demo_assets.py", demo], check=True, stdout=quiet)
         environ = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")} | {
             "MODEL_NAME": f"{demo}/model", "SQUAD_DATA": f"{demo}/squad", "TRAIN_SAMPLES": "2", "EVAL_SAMPLES": "2",
             "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "1", "NUM_SAMPLES": str(trials), "NUM_EPOCHS": str(epochs),
