@@ -56,7 +56,7 @@ def test_a_kept_model_is_the_one_of_the_lowest_loss_and_complete(kept, demo, che
     told = json.loads((folder / "training.json").read_text())["eval_loss"]
     assert len(losses) == 5 and (told, loss_of(folder)) == pytest.approx((min(losses), min(losses)), abs=1e-5)
     card = (folder / "README.md").read_text()
-    assert f"base_model: {demo / 'model'}" in card and "lr 0.012, per_device_bs 2, wd 0.0" in card
+    assert f"base_model: {demo / 'model'}" in card and "lr 0.012, per_device_bs 4, wd 0.0" in card
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float32
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # none for the owner alone
     variables = {"MODEL_NAME": str(folder), "SQUAD_DATA": str(demo / "squad"), "EVAL_SAMPLES": "50"}

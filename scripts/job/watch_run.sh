@@ -304,8 +304,9 @@ say_how_it_ended() {                                   # say_how_it_ended STATUS
     local record end submit=bash
     ! on_slurm || submit=sbatch
     # Slurm sends TERM for scancel, too, but then the job is no longer RUNNING.
-    record=$(! on_slurm || ask scontrol show job --oneliner "$JOB" | grep "^JobId=$JOB ")   # of an array it tells all
-    if (($1 == 143)) && [[ $record =~ EndTime=([0-9T:-]+) ]]; then
+    if (($1 == 143)) && on_slurm &&                    # of an array scontrol tells all jobs
+        record=$(ask scontrol show job --oneliner "$JOB" | grep "^JobId=$JOB ") &&
+        [[ $record =~ EndTime=([0-9T:-]+) ]]; then
         end=${BASH_REMATCH[1]}
         if [[ $record == *Reason=TimeLimit* || $record == *JobState=RUNNING* ]] &&
             (($(date -d "$end" +%s) - $(date +%s) < 900)); then
