@@ -15,7 +15,6 @@ import pytest
 from conftest import (
     HEAD,
     REPO,
-    SANDBOX,
     SCRIPT,
     SMALL,
     SPACE,
@@ -175,7 +174,7 @@ def test_a_run_whose_folder_a_worker_cannot_see_says_so(cluster):
 
 
 def test_a_requeued_job_goes_on_where_it_was(cluster, demo):
-    """Its node lost its power, or it was requeued. Also where an earlier sandbox has left a folder of this name."""
+    """Also where an earlier sandbox has left a folder of this name."""
     jobs = map(int, re.findall(r"JobId=(\d+)", cluster("scontrol", "show", "job")))
     earlier = cluster.folder / "runs" / str(max(jobs, default=int(cluster.environ["MINI_SLURM_FIRST_JOB"]) - 1) + 1)
     (earlier / "head-1").mkdir(parents=True)
@@ -186,12 +185,7 @@ def test_a_requeued_job_goes_on_where_it_was(cluster, demo):
     state = f"runs/{job}-*/tune/experiment_state-*.json"
     saved = lambda: any("TERMINATED" in file.read_text() for file in cluster.folder.glob(state))
     wait_for(saved, 30, "the first trial's end in the saved state")
-    if (SANDBOX / "nodes").exists():
-        node = cluster.job(job)["NodeList"]
-        cluster.trouble("power-off", node)
-        cluster.trouble("restart", node)
-    else:
-        cluster("scontrol", "requeue", job)
+    cluster("scontrol", "requeue", job)
     wait_for(lambda: cluster.job(job)["JobState"] == "PENDING", 60, "the job to be queued again")
     cluster("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm itself would wait two minutes
     assert cluster.wait_for_end(job, 240)["JobState"] == "COMPLETED", cluster.log(job)
