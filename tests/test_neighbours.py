@@ -15,16 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import (
-    REPO,
-    SCRIPT,
-    address_of,
-    end_ray,
-    one_slot,
-    start_ray,
-    table_of,
-    wait_for,
-)
+from conftest import REPO, SCRIPT, address_of, end_ray, one_slot, start_ray, table_of, wait_for
 
 NEIGHBOURS = {"fast_trials", "run_state", "trial_log", "library_fixes", "own_data"}
 FEW = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "8", "NUM_EPOCHS": "1", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "1"}

@@ -15,16 +15,7 @@ import grpc
 import psutil
 import pytest
 import requests
-from conftest import (
-    HEAD,
-    SMALL,
-    SPACE,
-    copy_of_the_course,
-    job_of,
-    left_by,
-    pids,
-    wait_for,
-)
+from conftest import HEAD, SMALL, SPACE, copy_of_the_course, job_of, left_by, pids, wait_for
 from this_node import own_address
 
 NOBODY = 65534

@@ -14,18 +14,7 @@ import fill_tables
 import pytest
 import watch_log
 from conftest import call, wait_for
-from test_fill_tables import (
-    COMPLETE,
-    JOB,
-    RECORD,
-    TOOL,
-    before,
-    finished,
-    joined,
-    keep,
-    started,
-    trial,
-)
+from test_fill_tables import COMPLETE, JOB, RECORD, TOOL, before, finished, joined, keep, started, trial
 
 ENVIRON = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
 MARKS = '00000", "config', '00000", "epoch": 2', '00002", "config'

@@ -11,7 +11,7 @@ export ON_SLURM=""                                     # started by sbatch? Then
 on_slurm() { [[ -n $ON_SLURM ]]; }
 JOB=local-$(date +%m%d-%H%M%S)-$$
 ! on_slurm || JOB=$SLURM_JOB_ID
-RECORD="" AT="" TEE="" WATCH="" RAY_TMP="" HEAD_ADDRESS="" HEAD_DIR=""   # not somebody else's variables
+RECORD="" AT="" TEE="" WATCH="" RAY="" RAY_TMP="" HEAD_ADDRESS="" HEAD_DIR=""   # not somebody else's variables
 PATIENCE=60                                            # seconds for a controller that is too busy to answer
 
 # ---- The log ---------------------------------------------------------------------------------------------------------
@@ -258,8 +258,7 @@ prepare_ray() {                                        # environment and log of 
 start_ray() {
     (owned python -m ray.scripts.scripts start --block --node-ip-address="$NODE_ADDRESS" --temp-dir="$RAY_TMP/r" \
         --disable-usage-stats --object-store-memory=500000000 --include-log-monitor=false \
-        --dashboard-agent-listen-port=0 "$@" \
-        >"$RAY_LOG" 2>&1) &
+        --dashboard-agent-listen-port=0 "$@" >"$RAY_LOG" 2>&1) &
     RAY=$!
     disown "$RAY"                                      # else bash reports in the log how it has ended
 }
@@ -274,7 +273,10 @@ last_error() {                                         # last_error FILE: the en
     grep -E '^[A-Za-z_.]+(Error|Exception)\b' "$1" | tail -n 1 | cut -c1-300 | grep .
 }
 
-end_ray() { kill "$RAY" 2>/dev/null || true; }         # this can take a while; end_owned ends what is left
+end_ray() {                                            # once; this can take a while; end_owned ends what is left
+    [[ -z $RAY ]] || kill "$RAY" 2>/dev/null || true
+    RAY=""
+}
 
 likely_cause() {                                       # Ray itself only says "overloaded" or "GCS may have been killed"
     python "$REPO/scripts/job/this_node.py" --why "$(node_address)"

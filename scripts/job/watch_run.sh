@@ -261,13 +261,14 @@ cancel_workers() {                                     # cancel_workers [--state
 }
 
 release_workers() {                                    # within SECONDS, and the log tells what they have cost
-    local job deadline=$((SECONDS + $1))
-    ((${#WORKER_JOBS[@]} > 0)) || return 0
+    local job begin=$SECONDS deadline=$((SECONDS + $1))
     touch "$HEAD_DIR/shutdown.txt"
+    ((${#WORKER_JOBS[@]} > 0)) || return 0
     cancel_workers --state=PENDING
     while compgen -G "$HEAD_DIR/joined-*" >/dev/null && ((SECONDS < deadline)); do   # each removes its own
         sleep 0.2
         look_afresh
+        ((SECONDS < begin + 2)) || end_ray             # who does not see the file yet notices that
     done
     # Those that had not joined yet, or could not tell, are asked for less often: Slurm is everybody's.
     until ! QUEUE=$(queued_workers) || [[ -z $QUEUE ]]; do

@@ -20,15 +20,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import (
-    REPO,
-    Cluster,
-    address_of,
-    copy_of_the_course,
-    end_ray,
-    start_ray,
-    wait_for,
-)
+from conftest import REPO, Cluster, address_of, copy_of_the_course, end_ray, start_ray, wait_for
 
 SMALL = {"NUM_SAMPLES": "1", "NUM_EPOCHS": "1", "TRAIN_SAMPLES": "32", "EVAL_SAMPLES": "16"}
 PHASES = {  # what the log says at the end of each phase of the head

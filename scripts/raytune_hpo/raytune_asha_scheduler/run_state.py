@@ -27,12 +27,7 @@ import ray
 from ray import cloudpickle, tune
 from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import (
-    AsyncHyperBandScheduler,
-    FIFOScheduler,
-    MedianStoppingRule,
-    TrialScheduler,
-)
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from raytune_asha_hpo import say
 
 SHORT_NAMES = {"AsyncHyperBandScheduler": "ASHA"}  # Ray's own name of the class is the older one
