@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 
 import rooms  # noqa: F401
-from check_inputs import HUB_SECONDS, check_rows, told, weights_of
+from check_inputs import HUB_SECONDS, check_rows, lesson, told, weights_of
 
 MARK = ".complete"  # in each folder whose files are all there
 CONFIGURATION_AND_TOKENIZER = [
@@ -47,7 +47,7 @@ def fetch_data(source, target):
 
 def squad_json(rows):
     """Rows of the hub's form as SQuAD v1.1 JSON, in order; neighbours with one context become one paragraph."""
-    answers = lambda row: [{"text": text} for text in row["answers"]["text"]]
+    answers = lambda row: [{"text": text} for text in lesson.answers(row)]
     question = lambda row: {"id": row.get("id"), "question": row["question"], "answers": answers(row)}
     paragraphs = [{"context": context, "qas": list(map(question, asked))}
                   for context, asked in groupby(rows, key=lambda row: row["context"])]  # fmt: skip

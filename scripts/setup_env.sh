@@ -23,6 +23,7 @@ make_venv() {
     "$PYTHON" -m venv "$REPO/.venv" >"$REPO/.venv.log" 2>&1
 }
 
+[[ $REPO != *" "* ]] || fail "$REPO: Ray does not start from a path with a space; rename or move that folder"
 # shellcheck source=SCRIPTDIR/job/environment.sh
 source "$REPO/scripts/job/environment.sh"
 exec 9>"$REPO/.venv.lock"                                    # two at once take turns, where there are locks

@@ -172,7 +172,7 @@ def test_code_that_comes_with_a_model_is_never_run(root, tmp_path, call):
 @pytest.fixture(scope="module")
 def course(tmp_path_factory):
     """Scripts and exercise copied to a folder whose name is not plain, with a Slurm that only records calls."""
-    top = tmp_path_factory.mktemp("copy") / "my course é"
+    top = tmp_path_factory.mktemp("copy") / "my-course_é"
     course = copy_of_the_course(top)
     (top / "slurm").mkdir()
     shutil.copy(EXERCISE / HEAD, top / "slurm/slurm_script")  # Slurm runs a copy, of this name

@@ -119,7 +119,7 @@ def test_with_another_ray_a_lost_node_costs_its_trials_and_the_log_says_so(tmp_p
     monkeypatch.setenv("TUNE_MAX_PENDING_TRIALS_PG", "1")
     monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "1")
     run_config = tune.RunConfig(callbacks=[])
-    run_state.attach(SimpleNamespace(NUM_SAMPLES=1), tmp_path, tune.TuneConfig(), run_config)
+    run_state.attach(SimpleNamespace(NUM_SAMPLES=1, NUM_EPOCHS=1), tmp_path, tune.TuneConfig(), run_config)
     assert said == ["Ray 9.9.9 is not 2.60.0: a trial fails if its node is lost"]
     assert Trial.should_recover is rule and run_config.failure_config.max_failures == 0
 

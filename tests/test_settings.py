@@ -31,7 +31,8 @@ scheduler = lambda kind, **more: ("scheduler", lambda s: getattr(schedulers, kin
     (space(warmup_ratio=tune.uniform(0.0, 0.2), adam_beta2=tune.choice([0.99, 0.999])), None),
     (space(bf16=True, tf32=True), None),  # the nodes of the run may have what this one lacks
     (space(warmup_rate=0.1), "search space: 'warmup_rate' is no hyperparameter; .* did you mean 'warmup_ratio'?"),
-    (space(optim=tune.grid_search(["adamw_torch", "adam_w"])), "search space .*adam_w is not a valid Opt.*; mend .*"),
+    (space(optim=tune.grid_search(["adamw_torch", "adam_w"])), 
+     "search space=.'optim': 'adam_w'.: training with it fails .*adam_w is not a valid Opt.*; draw something else"),
     (("search_space", lambda s: {"lr": 1}), "search space: has .'lr'.; put what is drawn into train_loop_config.*"),
     (scheduler("HyperBandScheduler"), "scheduler: HyperBandScheduler .* use raytune_pbt_hpo.py.*"),
     (scheduler("ASHAScheduler", grace_period=9, max_t=5), "search space or scheduler: AssertionError.*; mend it in .*"),

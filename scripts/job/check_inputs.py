@@ -14,11 +14,16 @@ import contextlib
 import difflib
 import errno
 import importlib.util
+import itertools
 import json
 import os
 import re
 import shlex
+import socket
 import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,12 +42,20 @@ LIMITS = {  # name: (lowest, highest); the first three need not be whole numbers
     "WORKER_NODES": (1, 1000), "NUM_SAMPLES": (1, 100_000), "NUM_EPOCHS": (1, 10_000),
     "TRAIN_SAMPLES": (1, 1_000_000), "EVAL_SAMPLES": (1, 1_000_000), "TEST_SAMPLES": (1, 1_000_000),  # of ask.py
     "WORKERS_PER_TRIAL": (1, 1024), "CPUS_PER_WORKER": (1, 1024), "GPUS_PER_WORKER": (0, 1),
-    "WORKER_DEADLINE": (1, 1_000_000), "CHAT_TEMPLATE": (0, 1), "SEED": (0, 2**31 - 1),
+    "MEMORY_PER_WORKER": (0.0, 10_000.0), "WORKER_DEADLINE": (1, 1_000_000), "CHAT_TEMPLATE": (0, 1),
+    "SEED": (0, 2**31 - 1),
 }  # fmt: skip
-MAY_CHANGE = ("WORKER_NODES", "CPUS_PER_WORKER", "WORKER_DEADLINE")  # of a resumed run; its results stay
+# Of a resumed run; its results stay.
+MAY_CHANGE = ("WORKER_NODES", "CPUS_PER_WORKER", "MEMORY_PER_WORKER", "WORKER_DEADLINE")
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+         "HF_HUB_VERBOSITY": "error", "DATASETS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}  # fmt: skip
 HUB_SECONDS = 10  # after which the hub counts as out of reach
 INDEX = "model.safetensors.index.json"  # of weights in several files
 TOKENIZERS = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"}
+REPORTED = {"metric": ["eval_loss"], "mode": ["min"],  # what fits, first what is meant
+            "time_attr": ["epoch", "training_iteration", "time_total_s"]}  # fmt: skip
+# Their loss is not that of the next token, or depends on the padding.
+NOT_SUITED = {"xlnet", "cpmant", "rwkv", "recurrent_gemma"}
 NEEDS_GPU = {"bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "torch_compile"}  # fields not tried here
 
 
@@ -55,7 +68,7 @@ def check(environ, look_inside=True):
     environ, script = environ_of_run(environ)
     texts = {name: environ.get(name, default) for name, (default, *_) in lesson.VARIABLES.items()}
     s, problems = SimpleNamespace(**dict.fromkeys(texts, float("nan"))), []  # NaN is neither above nor below a limit
-    s.gpus_required, s.search_script = "GPUS_PER_WORKER" in environ, script
+    s.gpus_required, s.search_script, s.parameters = "GPUS_PER_WORKER" in environ, script, None
     for name, text in texts.items():
         with told(problems, name, text):
             setattr(s, name, read_value(name, text))
@@ -68,6 +81,7 @@ def check(environ, look_inside=True):
         asked = f"WORKERS_PER_TRIAL='{s.WORKERS_PER_TRIAL}'"
         problems.append(f"{asked}: too many processes for this machine; set at most {most}, or use sbatch")
     if look_inside and not problems:
+        os.environ.update(QUIET | os.environ)  # the libraries read them when they are imported
         problems = search_problems(s) + model_and_data_problems(s)
     if problems:
         raise InputError("\n".join(problems))
@@ -88,6 +102,8 @@ def read_value(name, text):
     """The value of a variable; of a folder its absolute path."""
     if not text.isprintable():
         raise InputError("contains a line break, control character or invalid UTF-8 (Windows line endings?); remove it")
+    if name == "MEMORY_PER_WORKER" and text == "auto":
+        return text
     if name in LIMITS:
         return read_list(name, text) if name.endswith("_CHOICES") else read_number(name, text)
     if not text.strip():
@@ -194,9 +210,6 @@ def one_line(error):
 # ---- Model and data --------------------------------------------------------------------------------------
 def model_and_data_problems(s):
     """Loads MODEL_NAME and SQUAD_DATA as the search will, all but the weights: that takes too long."""
-    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-             "HF_HUB_VERBOSITY": "error", "DATASETS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}  # fmt: skip
-    os.environ.update(quiet | os.environ)  # the libraries read them when they are imported
     problems, few = [], {}
     with told(problems, "MODEL_NAME", s.MODEL_NAME):
         place, config = check_model(s.MODEL_NAME)
@@ -207,6 +220,7 @@ def model_and_data_problems(s):
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
             if tokenizer.eos_token_id is None:
                 raise InputError("its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+        s.parameters = None if problems else parameters_of(place, config)
     with told(problems, "SQUAD_DATA", s.SQUAD_DATA, "cannot be read; give SQuAD's JSON, {train,dev}.jsonl or a hub id"):
         for name, rows in zip(("TRAIN_SAMPLES", "EVAL_SAMPLES"), read_splits(s.SQUAD_DATA), strict=True):
             asked, found = getattr(s, name), len(rows)
@@ -221,9 +235,15 @@ def model_and_data_problems(s):
     if not problems:
         with told(problems, "MODEL_NAME", s.MODEL_NAME):
             encoded = lesson.load_squad(SimpleNamespace(**vars(s) | few | {"MODEL_NAME": place}))
-            last = max(token for rows in encoded for row in rows for token in row["input_ids"])
-            if last >= (words := config.get_text_config().vocab_size):
-                raise InputError(f"its tokenizer makes token {last}, but the model knows only {words}; use its own one")
+            rows, config = [row["input_ids"] for each in encoded for row in each], config.get_text_config()
+            tokens, longest = list(itertools.chain(*rows)), max(map(len, rows))
+            if max(tokens) >= (words := config.vocab_size):
+                why = f"its tokenizer makes token {max(tokens)}, but the model knows only {words}"
+                raise InputError(f"{why}; use its own one")
+            if tokens.count(tokenizer.unk_token_id) > len(tokens) / 4:
+                raise InputError("its tokenizer does not know the letters of SQUAD_DATA; use a model of that language")
+            if longest > (most := getattr(config, "max_position_embeddings", longest)):
+                raise InputError(f"reads at most {most} tokens, and rows have up to {longest}; use another model")
     return problems
 
 
@@ -235,11 +255,33 @@ def check_model(name):
     place = find_model(name)
     config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     encoder = type(config) in auto.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if encoder or type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+    other = encoder or config.is_encoder_decoder or config.model_type in NOT_SUITED
+    if other or type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"{config.model_type} is not a causal language model that can be trained; use another one")
     if quantized := getattr(config, "quantization_config", None):
         raise InputError(f"its weights are quantized ({quantized!r:.80}); use the model from which it was made")
     return place, config
+
+
+def parameters_of(place, config):
+    """Their number. Raises InputError if not all of them are in the model's files. What is on "meta" has no values."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if os.path.isdir(place):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            place, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, device_map="meta",
+            ignore_mismatched_sizes=True, output_loading_info=True)  # fmt: skip
+        wrong = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
+        if wrong:
+            why = f"{len(wrong)} of its weights, such as {wrong[0]}, are missing or have another shape in config.json"
+            raise InputError(f"{why}, and would be drawn at random; use the model as it was published")
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model.num_parameters()
 
 
 def find_model(name):
@@ -259,6 +301,8 @@ def find_model(name):
 
 def weights_of(names):
     """Those of a model's files that hold its weights. Raises InputError if there are none, or no tokenizer."""
+    if "adapter_config.json" in names:
+        raise InputError("is an adapter (adapter_config.json); merge it into its base model, and remove this file")
     if not TOKENIZERS & set(names):
         raise InputError("has no tokenizer files such as tokenizer.json; fetch the whole model, or use another one")
     if "model.safetensors" in names:
@@ -320,7 +364,7 @@ def check_rows(rows):
     if not rows:
         raise ValueError("no questions")
     for row in rows:
-        prompt, answers = row["context"] + row["question"], row["answers"]["text"]
+        prompt, answers = row["context"] + row["question"], lesson.answers(row)
         if not prompt.strip() or not isinstance(answers, list) or not answers or not answers[0].strip():
             why = "is an empty question, or its answers are not a list of texts or, as in SQuAD v2, empty"
             raise ValueError(f"{row['question']!r:.60} {why}")
@@ -330,8 +374,9 @@ def check_rows(rows):
 
 # ---- Search space and scheduler --------------------------------------------------------------------------
 def search_problems(s):
-    """Values that the Trainer refuses; a scheduler that needs checkpoints."""
-    from ray.tune.schedulers import HyperBandScheduler, PopulationBasedTraining
+    """What the Trainer refuses in the search space; a scheduler that needs checkpoints."""
+    from ray.tune.schedulers import FIFOScheduler, HyperBandScheduler, PopulationBasedTraining
+    from ray.tune.search.basic_variant import BasicVariantGenerator
 
     try:
         space, chosen = lesson.search_space(s), lesson.scheduler(s)
@@ -340,30 +385,66 @@ def search_problems(s):
         if isinstance(chosen, (PopulationBasedTraining, HyperBandScheduler)):
             why = "continues trials from checkpoints, and raytune_asha_hpo.py saves none; use raytune_pbt_hpo.py"
             return [f"scheduler: {type(chosen).__name__} {why}, or a scheduler that only stops trials"]
-        return trainer_problems(space["train_loop_config"])
+        algorithm = lesson.search_algorithm(s)
+        algorithm.set_search_properties(None, None, space)
+        for each, (name, fit) in itertools.product((chosen, algorithm), REPORTED.items()):
+            value = fit[0] if type(each) in (FIFOScheduler, BasicVariantGenerator) else getattr(each, f"_{name}", fit[0])
+            if value not in fit:
+                return [f"{type(each).__name__}: {name}={value!r}: is not what trials report; set {name}={fit[0]!r}"]
+        return names_problems(space["train_loop_config"]) or values_problems(space)
     except Exception as error:  # noqa: BLE001  it is the user's code
         return [f"search space or scheduler: {one_line(error)}; mend it in raytune_asha_hpo.py"]
 
 
-def trainer_problems(drawn):
-    """What TrainingArguments says of the names and of values drawn, if there are others than the lesson's own."""
-    ours = lesson.TRAINING_ARGUMENT
-    if set(drawn) <= set(ours):
-        return []  # without an import that takes seconds
-    from ray.tune.search.variant_generator import generate_variants
+def names_problems(drawn):
+    """Of hyperparameters that the Trainer does not know, or gets twice."""
     from transformers import TrainingArguments
 
-    class Arguments(TrainingArguments):
-        _setup_devices = None  # neither a GPU nor the other processes of a trial are asked
+    fields, problems = [*lesson.TRAINING_ARGUMENT, *TrainingArguments.__dataclass_fields__], []
+    for name in sorted(drawn):
+        if name not in fields:
+            (nearest,) = difflib.get_close_matches(name, fields, 1, cutoff=0)
+            problems.append(f"search space: {name!r} is no hyperparameter; remove it, or did you mean {nearest!r}?")
+        elif (other := lesson.TRAINING_ARGUMENT.get(name)) in drawn:
+            problems.append(f"search space: {name!r} and {other!r} are the same hyperparameter; remove one")
+    return problems
 
-    fields, problems = [*ours, *TrainingArguments.__dataclass_fields__], []
-    for name in sorted(set(drawn) - set(fields)):
-        (nearest,) = difflib.get_close_matches(name, fields, 1, cutoff=0)
-        problems.append(f"search space: {name!r} is no hyperparameter; remove it, or did you mean {nearest!r}?")
-    for _ in range(0 if problems else 20):  # draws
-        for _, values in generate_variants(drawn):
-            values = {ours.get(name, name): value for name, value in values.items() if name not in NEEDS_GPU}
-            Arguments(**{"output_dir": "/tmp", "use_cpu": True, "report_to": "none"} | values)
+
+def values_problems(space):
+    """Of twenty draws. If they have more than the lesson's own names, a model of two layers trains with each."""
+    from ray.tune.search.variant_generator import generate_variants
+
+    ours, problems, differ = {"lr": "LR_LOWER", "per_device_bs": "BS_CHOICES", "wd": "WD_CHOICES"}, [], {}
+    for _, variant in itertools.chain.from_iterable(generate_variants(space) for _ in range(20)):
+        drawn = variant["train_loop_config"]
+        for name in ours.keys() & drawn:
+            with told(problems, f"search space: {name}", drawn[name]):
+                read_number(ours[name], str(drawn[name]))
+        further = {name: value for name, value in drawn.items() if name not in {*ours, *NEEDS_GPU}}
+        differ[repr([value for value in further.values() if not isinstance(value, float)])] = further
+    if not problems and any(differ.values()):  # in a process of its own, which it changes
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            problems = pool.submit(trained, list(differ.values())).result()
+    return sorted(set(problems))
+
+
+def trained(draws):
+    """The problems of a training with each of these draws."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), TORCHDYNAMO_DISABLE="1",
+                          RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # fmt: skip
+    from transformers import AutoModelForCausalLM, BloomConfig
+
+    problems, rows = [], 2 * [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
+    with tempfile.TemporaryDirectory() as folder:
+        small = BloomConfig(vocab_size=64, hidden_size=8, n_layer=2, n_head=2)
+        AutoModelForCausalLM.from_config(small).save_pretrained(folder)
+        s = lesson.read_settings({"MODEL_NAME": folder, "GPUS_PER_WORKER": "0", "NUM_EPOCHS": "1"})
+        for drawn in draws:
+            with told(problems, "search space", drawn, "training with it fails; draw something else"):
+                lesson.fine_tune({"lr": 1e-4} | drawn, s, rows, rows)
     return problems
 
 
@@ -375,8 +456,9 @@ def as_text(value):
 def export_lines(s):
     """For a shell. GPUS_PER_WORKER that is not set means 1, and 0 on nodes without GPUs."""
     names = [name for name in lesson.VARIABLES if name != "GPUS_PER_WORKER" or s.gpus_required]
-    script = [f"export SEARCH_SCRIPT={shlex.quote(s.search_script)}"] if s.search_script else []
-    return [f"export {name}={shlex.quote(as_text(getattr(s, name)))}" for name in names] + script
+    further = {"SEARCH_SCRIPT": s.search_script, "PARAMETERS": s.parameters}  # the latter for worker_capacity.py
+    values = {name: getattr(s, name) for name in names} | {name: x for name, x in further.items() if x}
+    return [f"export {name}={shlex.quote(as_text(value))}" for name, value in values.items()]
 
 
 def main():

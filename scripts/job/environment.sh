@@ -21,6 +21,10 @@ unset SBATCH_WAIT SBATCH_ARRAY_INX SBATCH_EXPORT SBATCH_OUTPUT SBATCH_ERROR SBAT
 unset "${!RAY_@}" "${!TUNE_@}" "${!OMP_@}" "${!KMP_@}" "${!GOMP_@}" "${!MKL_@}" "${!OMPI_@}" "${!PMI_@}" \
     "${!PMIX_@}" "${!MV2_@}" "${!ACCELERATE_@}" "${!FSDP_@}" "${!TORCHELASTIC_@}" "${!DS_@}" MASTER_ADDR MASTER_PORT \
     RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME TP_SOCKET_IFNAME MPLBACKEND
+if [[ -n ${ROCR_VISIBLE_DEVICES:-} ]]; then             # Slurm's name of AMD's GPUs, with which Ray does not start
+    export HIP_VISIBLE_DEVICES=${HIP_VISIBLE_DEVICES:-$ROCR_VISIBLE_DEVICES}
+    unset ROCR_VISIBLE_DEVICES
+fi
 # Python: the course's environment, and no packages from elsewhere in place of its own, such as those of ~/.local.
 for variable in "${!PYTHON@}"; do
     [[ $variable == PYTHON || $variable == PYTHONPATH ]] || unset "$variable"
@@ -51,6 +55,8 @@ choose_python() {                                      # of the container, the r
         check_venv
         export PATH="$REPO/.venv/bin:$PATH"
     fi
+    [[ $(command -v python) != *" "* ]] ||
+        fail "$(command -v python): Ray does not start from a path with a space; rename or move that folder"
     command -v python >/dev/null || fail "no python found; run: bash $REPO/scripts/setup_env.sh"
     if [[ -n ${PYTHONPATH:-} ]]; then                  # a module's, say: it serves what the environment does not have
         export PYTHONPATH

@@ -25,6 +25,7 @@ from types import SimpleNamespace
 
 import rooms  # noqa: F401
 from check_inputs import InputError, check, lesson
+from ray.tune.search.variant_generator import generate_variants
 from read_run import as_run, events_of
 
 RUNS = Path(__file__).resolve().parents[2] / "experiments/raytune/scheduler/asha/runs"
@@ -75,11 +76,16 @@ def replay(scheduler, curves, slots, startup=0.0):
 
 def expected(s, slots):
     """(5 %, mean, 95 %) of the epochs that a search trains, and its mean wall time in epochs."""
-    rng, repeats = random.Random(s.SEED), min(200, EPOCHS // (s.NUM_SAMPLES * s.NUM_EPOCHS))
+    rng, repeats = random.Random(s.SEED), min(200, EPOCHS // (trials := trials_of(s)) // s.NUM_EPOCHS)
     curve = lambda: ([rng.random()] * s.NUM_EPOCHS, [rng.uniform(0.8, 1.2) for _ in range(s.NUM_EPOCHS)])
-    found = [replay(lesson.scheduler(s), [curve() for _ in range(s.NUM_SAMPLES)], slots) for _ in range(repeats)]
+    found = [replay(lesson.scheduler(s), [curve() for _ in range(trials)], slots) for _ in range(repeats)]
     epochs, wall = sorted(each["epochs"] for each in found), mean(each["seconds"] for each in found) / slots
     return epochs[round(0.05 * (repeats - 1))], mean(epochs), epochs[round(0.95 * (repeats - 1))], wall
+
+
+def trials_of(s):
+    """NUM_SAMPLES, for each value of a tune.grid_search in the search space."""
+    return s.NUM_SAMPLES * sum(1 for _ in generate_variants(lesson.search_space(s)))
 
 
 def minutes_per_epoch(s, runs=RUNS):
@@ -106,7 +112,8 @@ def amount(minutes, unit=""):
 
 def lines(s, slots, Gw):
     """The forecast: one line on epochs, one on time and GPUs; none of a search too large to simulate."""
-    most, each = s.NUM_SAMPLES * s.NUM_EPOCHS, s.WORKERS_PER_TRIAL * Gw
+    trials, each = trials_of(s), s.WORKERS_PER_TRIAL * Gw
+    most = trials * s.NUM_EPOCHS
     if most > EPOCHS:
         return
     low, average, high, wall = expected(s, slots)
@@ -115,7 +122,7 @@ def lines(s, slots, Gw):
     if minutes is None:
         yield f"time and GPU-hours are not known: {source}"
         return
-    unit, at_most = "GPU-" if each else "slot-", math.ceil(s.NUM_SAMPLES / slots) * s.NUM_EPOCHS
+    unit, at_most = "GPU-" if each else "slot-", math.ceil(trials / slots) * s.NUM_EPOCHS
     about, most = ((amount(time * minutes), amount(epochs * max(1, each) * minutes, unit))
                    for time, epochs in ((wall, average), (at_most, most)))  # fmt: skip
     yield (f"about {about[0]} and {about[1]}, at most {most[0]} and {most[1]}, "

@@ -51,9 +51,11 @@ frame_the_log() {                                      # START now, FINISH in ev
 # Unix sockets allow 107 characters, of which Ray needs about 60: a short folder, on a local disk, ours alone. Ray opens
 # its own folder to all users, so that one lies inside. What libraries leave behind goes with it.
 own_folder() {
-    RAY_TMP=$(mktemp -d "/tmp/ray_$JOB.XXXX")
+    { RAY_TMP=$(mktemp -d "/tmp/ray_$JOB.XXXX") && mkdir "$RAY_TMP/tmp" &&
+        head -c 20000000 /dev/zero >"$RAY_TMP/tmp/room"; } 2>/dev/null ||
+        fail "/tmp of ${SLURMD_NODENAME:-$(hostname -s)} has no room for 20 MB; remove what is yours there, or ask your site"
+    rm "$RAY_TMP/tmp/room"
     export RAY_TMP                                     # for container/python
-    mkdir "$RAY_TMP/tmp"
 }
 
 finish() {                                             # first the script's own before_finish STATUS, if it has one
@@ -117,7 +119,7 @@ begin_record() {                                       # begin_record KIND: from
     RECORD=$RUN_DIR/events.jsonl
     AT=$MOMENT record started job "$JOB" script "$SCRIPT" log "$LOG" start "$TEXT" kind "$1"
     while IFS='= ' read -r _ name _; do                # export NAME=...
-        [[ $name == SEARCH_SCRIPT ]] || pairs+=("$name" "${!name}")
+        [[ $name == @(SEARCH_SCRIPT|PARAMETERS) ]] || pairs+=("$name" "${!name}")
     done <<<"$SETTINGS"
     record settings "${pairs[@]}"
     recorded settings "$RUN_DIR" || fail "$(no_room "$RUN_DIR")"
@@ -221,22 +223,25 @@ head_host() { sed -nE 's/^\[?([^]]*)\]?:[0-9]+$/\1/p' <<<"$HEAD_ADDRESS"; }   # 
 
 free_port() { python -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])'; }
 
-look_at_node() {                                       # sets CPUS, GPUS, Gw (GPUs of a trial's worker), NODE (in words)
+look_at_node() {                                       # sets CPUS, GPUS, MEMORY; Gw (GPUs of a trial's worker); NODE, in words
     local found
     found=$(python "$REPO/scripts/job/this_node.py") || exit 1
-    read -r CPUS GPUS Gw NODE <<<"$found"
+    read -r CPUS GPUS Gw MEMORY NODE <<<"$found"
 }
 
 measure_node() {                                       # sets SLOTS (trials at once) and OFFER, which tells Ray, too
-    local W=$WORKERS_PER_TRIAL Cw=$CPUS_PER_WORKER
+    local W=$WORKERS_PER_TRIAL Cw=$CPUS_PER_WORKER found why
     look_at_node
-    SLOTS=$(python "$REPO/scripts/job/worker_capacity.py" --slots --Cnode "$CPUS" --Gnode "$GPUS" --Gw "$Gw")
+    found=$(python "$REPO/scripts/job/worker_capacity.py" --slots \
+        --Cnode "$CPUS" --Gnode "$GPUS" --Gw "$Gw" --Mnode "$MEMORY")
+    read -r SLOTS why <<<"$found"                      # why, if memory binds it
     if ((SLOTS == 0)) && ! on_slurm; then
         SLOTS=1
-        say "a trial asks for $((W * Cw)) CPUs and this machine has $CPUS: one trial at a time, sharing them"
+        say "a trial asks for $((W * Cw)) CPUs and this machine has $CPUS$why: one trial at a time, sharing them"
     fi
-    ((SLOTS > 0)) || fail "no trial fits on this node: it needs 2 + $W*$Cw CPUs and $W*$Gw GPUs; see worker_capacity.py"
-    say "this node: $NODE, $SLOTS trial(s) at once"
+    ((SLOTS > 0)) ||
+        fail "no trial fits on this node: it needs 2 + $W*$Cw CPUs and $W*$Gw GPUs$why; see worker_capacity.py"
+    say "this node: $NODE, $SLOTS trial(s) at once$why"
     # shellcheck disable=SC2034  # for start_ray; Tune runs as many trials at once as there are trial_slots
     OFFER=(--num-cpus="$((SLOTS * W * Cw))" --num-gpus="$GPUS" --resources="{\"trial_slot\": $SLOTS}")
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What this node offers to trials, as far as this process may use it. The .slurm scripts ask it.
 
-    python this_node.py                # CPUs, GPUs, GPUs of each worker of a trial; and the node in words
+    python this_node.py                # CPUs, GPUs, GPUs of each worker of a trial, GiB of memory; the node in words
     python this_node.py --processes    # processes and threads that may still be started; inf without a limit
     python this_node.py --address HOST...   # the address at which other nodes reach this one
     python this_node.py --why ADDRESS  # of a Ray that has ended: the cause, if it is this node; else nothing
@@ -15,6 +15,7 @@ import importlib.util
 import ipaddress
 import math
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -40,7 +41,7 @@ print("torch", version.__version__, "for", *cuda.get_arch_list() or ["CPUs alone
 
 
 def look():
-    """(CPUs, GPUs, GPUs of each worker, words), for the variables of a run. SystemExit if a trial finds too few."""
+    """(CPUs, GPUs, GPUs of each worker, GiB, words) for the variables of a run. SystemExit if a trial finds too few."""
     W, precision = setting("WORKERS_PER_TRIAL", 2, 1), os.environ.get("PRECISION") or "auto"
     gpus, half, name = find_gpus()
     Gw = setting("GPUS_PER_WORKER", min(gpus, 1), 0)  # unless the user says so, GPUs are used where there are any
@@ -54,8 +55,8 @@ def look():
         fail("PRECISION=fp16: CPUs do not train in it; set auto, bf16 or fp32")
     if precision == "auto":  # as the search decides it
         precision = half if Gw else "fp32"
-    cpus = usable_cpus()
-    return cpus, gpus, Gw, f"{cpus} CPUs, {gpus} GPUs{f' ({name})' if name else ''}, {precision}"
+    cpus, memory = usable_cpus(), f"{usable_memory():.1f}"
+    return cpus, gpus, Gw, memory, f"{cpus} CPUs, {gpus} GPUs{f' ({name})' if name else ''}, {precision}"
 
 
 def find_gpus():
@@ -120,6 +121,20 @@ def usable_cpus(root="/"):
     return max(1, min(counts))
 
 
+def usable_memory(root="/"):
+    """GiB of memory that this process may still use: what is free, or less by the limit of a cgroup or of Slurm."""
+    found = [int(re.search(r"MemAvailable: +(\d+)", Path(root, "proc/meminfo").read_text())[1]) * 1024]
+    for folder in cgroups("memory", root):
+        for name in ("memory.max", "memory.limit_in_bytes"):  # versions 2 and 1; without a limit "max", or a huge one
+            with contextlib.suppress(OSError, ValueError):
+                found.append(int((folder / name).read_text()))
+    if os.environ.get("ON_SLURM"):  # MiB; 0: all of the node
+        of_slurm = [os.environ.get(f"SLURM_MEM_PER_{unit}") for unit in ("NODE", "CPU")]
+        found += [int(text) << 20 for text in of_slurm[:1] if text and text != "0"]
+        found += [int(text) * usable_cpus() << 20 for text in of_slurm[1:] if text]
+    return min(found) / 2**30
+
+
 def free_processes(root="/"):
     """Processes and threads that this user may still start here; math.inf without a limit."""
     left, limit = [math.inf], resource.getrlimit(resource.RLIMIT_NPROC)[0]
@@ -169,6 +184,9 @@ def likely_cause(address):
         return (f", and only {left} more processes may be started here (ulimit -u "
                 f"{resource.getrlimit(resource.RLIMIT_NPROC)[0]}, or a cgroup's pids.max): "
                 "raise it before sbatch, or ask your site")  # fmt: skip
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        return f"; a process may have {limit >> 20} MB of addresses only: ulimit -v unlimited, or ask your site"
     try:
         socket.create_server((address, 0), family=socket.getaddrinfo(address, 0)[0][0]).close()
     except OSError:

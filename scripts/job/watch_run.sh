@@ -94,7 +94,7 @@ say_why_it_failed() {                                  # say_why_it_failed STATU
     if ! room_is_left; then
         echo "ERROR: $(no_room "$RUN_DIR")"
     elif (($1 > 128)); then
-        say "the search was ended by signal $(($1 - 128))$( (($1 != 137)) || echo ": out of memory?")"
+        say "the search was ended by signal $(($1 - 128))$( (($1 != 137)) || echo ": out of memory?")$(likely_cause)"
     elif ! grep '^ERROR: ' "$errors" && cause=$(last_error "$errors"); then
         cp "$errors" "$RUN_DIR" 2>/dev/null
         echo "ERROR: the search failed: $cause (full trace: $RUN_DIR/search.err)"
@@ -192,6 +192,11 @@ last_words() {                                         # of a worker job: its er
     grep -h '^ERROR' "$EXERCISE/$log" 2>/dev/null | tail -n 1 | grep . || echo "see $log"
 }
 
+joined_files() {                                       # are there any?
+    local files=("$HEAD_DIR"/joined-*)
+    [[ ${files[0]} != */joined-\* ]]
+}
+
 announce_workers() {                                   # "worker 1/2 joined", once each
     local file job node cpus gpus slots words
     for file in "$HEAD_DIR"/joined-*; do
@@ -224,7 +229,7 @@ mind_workers() {
     look_at_queue || return 0
     if [[ -z $JOINED ]]; then
         tell_who_ended "${WORKER_JOBS[@]:0:${#WORKER_JOBS[@]}-1}"
-        [[ -n $QUEUE ]] || compgen -G "$HEAD_DIR/joined-*" >/dev/null ||
+        [[ -n $QUEUE ]] || joined_files ||
             fail "no worker joined and none is queued; the last one says: $(last_words "${WORKER_JOBS[-1]}")"
         return 0
     fi
@@ -265,7 +270,7 @@ release_workers() {                                    # within SECONDS, and the
     touch "$HEAD_DIR/shutdown.txt"
     ((${#WORKER_JOBS[@]} > 0)) || return 0
     cancel_workers --state=PENDING
-    while compgen -G "$HEAD_DIR/joined-*" >/dev/null && ((SECONDS < deadline)); do   # each removes its own
+    while joined_files && ((SECONDS < deadline)); do   # each removes its own
         sleep 0.2
         look_afresh
         ((SECONDS < begin + 2)) || end_ray             # who does not see the file yet notices that

@@ -3,7 +3,7 @@
 
     python worker_capacity.py                                  # the exercise's worker node: 20 CPUs, 8 GPUs
     python worker_capacity.py --Cnode 32 --Gnode 4 --nodes 3   # another one
-    python worker_capacity.py --slots --Cnode 20 --Gnode 0     # the number alone, for scripts
+    python worker_capacity.py --slots --Cnode 20 --Gnode 0     # the number, for scripts
     scontrol show job 4711 | python worker_capacity.py --record     # Cnode and Gnode as Slurm understood this job
 """
 
@@ -12,16 +12,29 @@ import os
 import re
 import sys
 
+MSYS = 1.0  # GiB of memory left to Ray itself
 
-def trials_at_once(W, Cw, Gw, Csys, Cnode, Gnode):
-    """The largest T with Csys + T*W*Cw <= Cnode and T*W*Gw <= Gnode; never below 0.
 
-    W: workers per trial. Cw, Gw: CPUs and GPUs of each worker. Csys: CPUs left to Ray itself (raylet, object
-    store). Cnode, Gnode: CPUs and GPUs of the node. A trial without GPUs is bound by the CPUs alone.
+def trials_at_once(W, Cw, Gw, Csys, Cnode, Gnode, Mw=0.0, Mnode=0.0):
+    """The largest T with Csys + T*W*Cw <= Cnode, T*W*Gw <= Gnode and Msys + T*W*Mw <= Mnode; never below 0.
+
+    W: workers per trial. Cw, Gw, Mw: CPUs, GPUs and GiB of memory of each worker. Csys, Msys: CPUs and memory left to
+    Ray itself (raylet, object store). Cnode, Gnode, Mnode: those of the node. What is 0 does not bind.
     """
     by_cpu = (Cnode - Csys) // (W * Cw)
     by_gpu = Gnode // (W * Gw) if Gw else by_cpu
-    return max(0, min(by_cpu, by_gpu))
+    by_memory = int((Mnode - MSYS) / (W * Mw)) if Mw and Mnode else by_cpu
+    return max(0, min(by_cpu, by_gpu, by_memory))
+
+
+def memory_of_worker(parameters, W, Gw):
+    """GiB of main memory of one of a trial's W processes, estimated from the model's number of parameters.
+
+    On CPUs (fp32, AdamW, ZeRO-2) it was measured: 0.5 GiB, 19 bytes a parameter, and 15 that the W processes share
+    (BLOOM's structure, 0.2 to 200 million parameters, W of 1, 2, 4; tests/benchmarks/README.md). With a GPU it is what
+    CUDA takes, and the weights in fp32 on their way to it: not measured.
+    """
+    return 3 + parameters * 4 / 2**30 if Gw else 0.5 + parameters * (19 + 15 / W) / 2**30
 
 
 def asked_for(record):
@@ -42,8 +55,14 @@ def asked_for(record):
     return cpus, gpus, number("NumNodes"), field.get("OverSubscribe") == "NO" or "TresPerSocket" in field
 
 
+def memory_asked_for(record):
+    """GiB, of a node's job; 0 if Slurm does not mind memory."""
+    found = re.search(r"TRES=\S*\bmem=([\d.]+)([KMGT]?)", record)
+    return float(found[1]) * 1024 ** ("KMGT".index(found[2] or "M") - 2) if found else 0.0
+
+
 def main():
-    """Prints the two inequalities with numbers; exit status 1 if not even one trial fits."""
+    """Prints the inequalities with numbers; exit status 1 if not even one trial fits."""
     env = os.environ.get
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, meaning in (
@@ -56,13 +75,17 @@ def main():
         ("nodes", "1", "worker nodes"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default {default})")
-    parser.add_argument("--slots", action="store_true", help="print T alone")
+    parser.add_argument("--Mw", type=float, help="GiB of memory of each, MEMORY_PER_WORKER (default: by the model)")
+    parser.add_argument("--Mnode", type=float, default=0, help="GiB of memory of a worker node (default: enough)")
+    parser.add_argument("--slots", action="store_true", help="print T alone, and why, if memory binds it")
     parser.add_argument("--record", action="store_true", help="read a job's record; Cnode and Gnode are its own")
     a = parser.parse_args()
     if min(a.W, a.Cw) < 1 or min(a.Gw, a.Csys, a.Cnode, a.Gnode) < 0:
         parser.error("W and Cw must be at least 1, the others at least 0")
     if a.record:
-        a.Cnode, a.Gnode, nodes, more = asked_for(sys.stdin.read())
+        record = sys.stdin.read()
+        a.Cnode, a.Gnode, nodes, more = asked_for(record)
+        a.Mnode = memory_asked_for(record)
         # nodes without GPUs: a trial asks for none, unless told to
         if a.Gnode == 0 and "GPUS_PER_WORKER" not in os.environ:
             a.Gw = 0
@@ -72,25 +95,34 @@ def main():
         if more:
             print("capacity: a worker gets a whole node, or GPUs by socket; it counts them when it starts")
             return 0
-    T = trials_at_once(a.W, a.Cw, a.Gw, a.Csys, a.Cnode, a.Gnode)
+    if a.Mw is None:
+        known = env("MEMORY_PER_WORKER", "auto")
+        a.Mw = float(known) if known != "auto" else memory_of_worker(int(env("PARAMETERS", "0")), a.W, a.Gw)
+    T = trials_at_once(a.W, a.Cw, a.Gw, a.Csys, a.Cnode, a.Gnode, a.Mw, a.Mnode)
     if a.slots:
-        print(T)
+        why = f" , for one takes {a.W}*{a.Mw:.2g} of {a.Mnode - MSYS:.3g} GiB (MEMORY_PER_WORKER)"
+        print(f"{T}{why if T < trials_at_once(a.W, a.Cw, a.Gw, a.Csys, a.Cnode, a.Gnode) else ''}")
         return 0
     print(f"capacity: {T} trial(s) at once on a node, {T * a.nodes} on {a.nodes} node(s)")
     t = max(T, 1)  # if none fits, the inequality that one trial breaks
     for left, terms, right, limit in (
         (a.Csys + t * a.W * a.Cw, f"Csys + T*W*Cw = {a.Csys} + {t}*{a.W}*{a.Cw}", "Cnode", a.Cnode),
         (t * a.W * a.Gw, f"T*W*Gw = {t}*{a.W}*{a.Gw}", "Gnode", a.Gnode),
+        (MSYS + t * a.W * a.Mw, f"Msys + T*W*Mw = {MSYS:g} + {t}*{a.W}*{a.Mw:.2g}", "Mnode", a.Mnode),
     ):
+        if limit == a.Mnode == 0:
+            continue  # not known
         sign, verdict = ("<=", "holds") if left <= limit else (">", "DOES NOT HOLD")
-        print(f"  {terms} = {left} {sign} {right} = {limit}: {verdict}")
-    more_cpus, more_gpus = a.Csys + (T + 1) * a.W * a.Cw - a.Cnode, (T + 1) * a.W * a.Gw - a.Gnode
-    needs = [f"{n} more {what}" for n, what in ((more_cpus, "CPUs"), (more_gpus, "GPUs")) if n > 0]
-    bound = "CPUs and GPUs" if len(needs) == 2 else needs[0].split()[-1]
-    print(f"  bound by {bound}: one more trial needs {' and '.join(needs)} a node")
+        print(f"  {terms} = {left:.4g} {sign} {right} = {limit:.4g}: {verdict}")
+    more = {"CPUs": a.Csys + (T + 1) * a.W * a.Cw - a.Cnode, "GPUs": (T + 1) * a.W * a.Gw - a.Gnode,
+            "GiB of memory": a.Mnode and MSYS + (T + 1) * a.W * a.Mw - a.Mnode}  # fmt: skip
+    needs = {what: f"{n:.3g} more {what}" for what, n in more.items() if n > 0}
+    bound = " and ".join(what.split()[-1] for what in needs)
+    print(f"  bound by {bound}: one more trial needs {' and '.join(needs.values())} a node")
     if T == 0:
         asked = f"WORKERS_PER_TRIAL={a.W} CPUS_PER_WORKER={a.Cw} GPUS_PER_WORKER={a.Gw}"
-        print(f"ERROR: one trial ({asked}) does not fit on a node with {a.Cnode} CPUs and {a.Gnode} GPUs; "
+        asked, has = (f"{asked} MEMORY_PER_WORKER={a.Mw:.2g}", f", {a.Mnode:.3g} GiB") if a.Mnode else (asked, "")
+        print(f"ERROR: one trial ({asked}) does not fit on a node with {a.Cnode} CPUs{has} and {a.Gnode} GPUs; "
               "lower these, or ask Slurm for larger nodes")
         return 1
     return 0

@@ -57,7 +57,8 @@ class Model:
         end, found = self.tokenizer.eos_token_id, []
         for made in self.batches(prompts, accepted=()):  # padded on the left
             inputs = {name: made[name] for name in ("input_ids", "attention_mask")}
-            greedy = {"do_sample": False, "num_beams": 1, "eos_token_id": end, "pad_token_id": end}
+            greedy = {"do_sample": False, "num_beams": 1, "eos_token_id": end, "pad_token_id": end,
+                      "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}  # fmt: skip
             tokens = self.model.generate(**inputs, **greedy, max_new_tokens=NEW_TOKENS)
             new = tokens[:, inputs["input_ids"].shape[1] :]
             found += [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
@@ -65,7 +66,7 @@ class Model:
 
     def losses(self, rows):
         """For each row {context, question, answers}: its loss, summed over its answer tokens; their number."""
-        first = [(row["context"], row["question"], row["answers"]["text"][0]) for row in rows]
+        first = [(row["context"], row["question"], hpo.answers(row)[0]) for row in rows]
         coded, found = [hpo.encode(*row, self.tokenizer, MAX_LENGTH, self.chat) for row in first], []
         accepted = tuple(inspect.signature(self.model.forward).parameters)
         for made in self.batches(coded, accepted):
@@ -124,7 +125,7 @@ def score(model, rows):
     from torchmetrics.functional.text import squad
 
     told = [{"id": str(i), "prediction_text": text} for i, text in enumerate(model.answers(rows))]
-    right = [{"id": str(i), "answers": {"text": list(row["answers"]["text"]), "answer_start": [0]}}
+    right = [{"id": str(i), "answers": {"text": list(hpo.answers(row)), "answer_start": [0]}}
              for i, row in enumerate(rows)]  # fmt: skip
     match, losses = squad(told, right), model.losses(rows)
     n, tokens = len(rows), sum(count for _, count in losses)
@@ -174,7 +175,7 @@ def main():
             rows = list({row["question"]: row for row in rows}.values())[:10]  # the demo asks some of them twice
             print(f"{len(rows)} questions that no trial has seen:")
             for row, answer in zip(rows, Model(a.folders[0], s.CHAT_TEMPLATE).answers(rows), strict=True):
-                right = " | ".join(dict.fromkeys(row["answers"]["text"]))
+                right = " | ".join(dict.fromkeys(hpo.answers(row)))
                 print(f"{row['question']}\n    right: {right}\n    model: {answer or '(nothing)'}")
     except (InputError, OSError) as error:  # OSError: model or data are no longer there, or the disk is full
         print(f"ERROR: {str(error).partition(chr(10))[0]}", file=sys.stderr)

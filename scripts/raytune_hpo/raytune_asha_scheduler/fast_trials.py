@@ -15,9 +15,11 @@ import gc
 import math
 import os
 import queue
+import re
 import socket
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import ray
@@ -50,7 +52,7 @@ class WarmTrial(tune.Trainable):
         run_config.checkpoint_config = tune.CheckpointConfig(checkpoint_at_end=False)
 
     def setup(self, config, run=None):
-        self.run, self.processes, self.sound = run, [], False
+        self.run, self.processes, self.sound, self.words = run, [], False, ()
         self.reset_config(config)
 
     def reset_config(self, new_config):
@@ -81,7 +83,7 @@ class WarmTrial(tune.Trainable):
         if not self.sound:
             self.cleanup()
             self.processes = self.new_processes()
-            address, *_ = self.of_all("prepare")
+            (address, *_), self.words = zip(*self.of_all("prepare"), strict=True)
             self.of_all("join", address)
         self.started = True
         config = self.config["train_loop_config"] | {"settings": self.run.s, "data": self.run.data}
@@ -105,7 +107,8 @@ class WarmTrial(tune.Trainable):
             time.sleep(GRACE_SECONDS)
             for rank, call in enumerate(calls):
                 if isinstance(error := failure(call), RayActorError):
-                    raise RuntimeError(f"training worker {rank} died; out of memory?") from error  # noqa: TRY004
+                    why = self.words and last_words(self.words[rank]) or "out of memory?"
+                    raise RuntimeError(f"training worker {rank} died; {why}") from error  # noqa: TRY004
             raise
 
     def cleanup(self):
@@ -126,6 +129,13 @@ def failure(call):
     return None
 
 
+def last_words(file):
+    """How a process has crashed, by its standard error: the signal, and the error named before; "" if it was killed."""
+    before, crashed, after = Path(file).read_text(errors="replace").partition("*** SIG")
+    named = re.findall(r".*(?:what\(\)|\[E|[Ee]rror|bad_alloc).*", before)
+    return f"SIG{after.split()[0]}{f': {named[-1].strip():.300}' if named else ''}" if crashed else ""
+
+
 class Stopped(BaseException):
     """Raised in the training thread, at a report, when Tune has given the place to another trial."""
 
@@ -139,7 +149,7 @@ class TrainingProcess:
         self.rank, self.number = rank, number
 
     def prepare(self):
-        """Imports what training needs. -> rank 0: the address at which the others find it; others: None"""
+        """Imports what training needs. -> the address at which the others find rank 0; the file of its own stderr"""
         if not ray.get_gpu_ids():
             os.environ["DS_ACCELERATOR"] = "cpu"
         gc.disable()  # the collector rescans imported objects again and again, and finds nothing
@@ -149,14 +159,15 @@ class TrainingProcess:
 
         gc.freeze()
         gc.enable()
+        words = os.readlink("/proc/self/fd/2")
         if self.rank > 0:
-            return None
+            return None, words
         # All W are on one node, and the store asks nobody for a password: without a socket of its own it would listen
         # on every network. The system chooses the port, so it is free.
         here = socket.create_server(("127.0.0.1", 0)).detach()
         self.store = TCPStore("127.0.0.1", 0, self.number, is_master=True, timeout=JOIN, wait_for_workers=False,
                               master_listen_fd=here)  # fmt: skip
-        return self.store.host, self.store.port
+        return (self.store.host, self.store.port), words
 
     def join(self, address):
         """Makes this process one of the trial's process group, for all trials to come."""

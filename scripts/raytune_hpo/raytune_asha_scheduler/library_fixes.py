@@ -16,12 +16,15 @@ def before_training(gpu, ds_config):
     # In fp16 the usual mask of -65,504 and a score of -16 make -inf, and a row of them NaN.
     mask = transformers.masking_utils.eager_mask
     transformers.AttentionMaskInterface.register("eager", lambda *a, **k: mask(*a, **k).clamp(min=MASKED))
-    if gpu:
-        return
-    os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")  # neither torch nor DeepSpeed touches a GPU
+    if not gpu:
+        os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")  # neither torch nor DeepSpeed touches a GPU
     import deepspeed
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
+    ZeROOptimizer.defaults = property(lambda zero: zero.optimizer.defaults)  # lr_scheduler_type="polynomial" asks
+    if gpu:
+        return
     if ds_config:
         ALL_OPS.pop("deepspeed_shm_comm", None)  # the operator that would be compiled; gloo does the same
         # On CPUs overlapping and contiguous gradients are slower.
@@ -37,7 +40,9 @@ def train(trainer, **options):
         if "loss scale" not in str(error):  # DeepSpeed's words for it
             raise
         trainer.state.epoch, diverged = math.floor(trainer.state.epoch) + 1, {"eval_answer_loss": math.nan}
-        trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, diverged)
+        so_far = trainer.args, trainer.state, trainer.control
+        trainer.callback_handler.on_evaluate(*so_far, diverged)
+        trainer.callback_handler.on_save(*so_far)  # when raytune_pbt_hpo.py reports
     finally:  # else a DeepSpeed engine, with its model, lives as long as the process
         getattr(trainer.model_wrapped, "destroy", lambda: None)()
         trainer.accelerator.free_memory()

@@ -46,14 +46,14 @@ VARIABLES = {  # name: (default, kind; in brackets: several, separated by spaces
     "CPUS_PER_WORKER": ("2", int, "CPUs of each (Cw)"),
     "GPUS_PER_WORKER": ("1", int, "GPUs of each (Gw); on nodes without GPUs 0, unless set"),
     "PRECISION": ("auto", str, "bf16, fp16, fp32; auto: bf16 if the GPU computes it, else fp16; CPUs fp32"),
+    "MEMORY_PER_WORKER": ("auto", str, "GiB of memory of each (Mw); auto: estimated from the model's size"),
     "WORKER_DEADLINE": ("7200", int, "seconds to wait for a worker node before giving up"),
     "SEED": ("42", int, "seed of the draws, of shuffling and of training"),
 }
 
 def read_settings(environ):
     """The variables as attributes. Raises ValueError for a text that is not a number."""
-    def read(text, kind):
-        return [kind[0](word) for word in text.split()] if isinstance(kind, list) else kind(text)
+    read = lambda text, kind: [kind[0](x) for x in text.split()] if isinstance(kind, list) else kind(text)
     return argparse.Namespace(**{name: read(environ.get(name, default), kind)
                                  for name, (default, kind, _) in VARIABLES.items()})
 
@@ -81,11 +81,9 @@ def scheduler(s):
 def search_algorithm(s):
     return BasicVariantGenerator(random_state=s.SEED)  # draws at random
 
-
-TRAINING_ARGUMENT = {  # our names of hyperparameters: the Trainer's
+TRAINING_ARGUMENT = {  # our names of hyperparameters: the Trainer's; warmup_steps below 1 are a share of all
     "lr": "learning_rate", "per_device_bs": "per_device_train_batch_size", "wd": "weight_decay",
-    "warmup_ratio": "warmup_steps",  # below 1 the Trainer reads it as a share of all steps
-}
+    "warmup_ratio": "warmup_steps"}
 
 # ---- Data: SQuAD questions -> token ids, once per run ------------------------------------------------------
 def load_squad(s):
@@ -93,13 +91,16 @@ def load_squad(s):
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(s.MODEL_NAME, trust_remote_code=False)
     def encoded(rows, count):
-        return [encode(r["context"], r["question"], r["answers"]["text"][0], tokenizer, chat=s.CHAT_TEMPLATE)
-                for r in draw(rows, count, s.SEED)]
+        return [encode(row["context"], row["question"], answers(row)[0], tokenizer, chat=s.CHAT_TEMPLATE)
+                for row in draw(rows, count, s.SEED)]
     train_rows, eval_rows = read_splits(s.SQUAD_DATA)
     return encoded(train_rows, s.TRAIN_SAMPLES), encoded(eval_rows, s.EVAL_SAMPLES)
 
 def draw(rows, count, seed):
     return [rows[i] for i in random.Random(seed).sample(range(len(rows)), count)]
+
+def answers(row):  # all that are right; a text alone is one
+    return [texts] if isinstance(texts := row["answers"]["text"], str) else texts
 
 def read_splits(data):
     """(training, validation): all rows, in the hub's form: context, question, answers {text: [...]}."""
@@ -122,18 +123,20 @@ def encode(context, question, answer, tokenizer, max_length=512, chat=False):
 
     input_ids = prompt + answer + end-of-sequence. labels: -100 (ignored) on the prompt, else the same; the
     model shifts them. Of too long a text the context loses its end, then the question its start, then the
-    answer its end."""
-    body, ask = f"Context: {context}", f"\nQuestion: {question}\nAnswer:"
-    if context is None:
-        body, ask = "", question
+    answer its end. It begins with what the tokenizer puts before any text: Llama's <s>, of BLOOM nothing."""
+    ask = f"\nQuestion: {question}\nAnswer:"
+    body, ask = ("", question) if context is None else (f"Context: {context}", ask)
     if chat:
         body, ask = neighbour("own_data").in_chat_template(body, ask, tokenizer)
-    body, ask, target = (tokenizer(text, add_special_tokens=False)["input_ids"]
-                         for text in (body, ask, " " + answer.strip()))
-    target = [*target[: max_length - 2], tokenizer.eos_token_id]
-    room = max_length - len(target)  # >= 1, so at least one prompt token precedes the answer
+    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    start = (whole := tokenizer("a")["input_ids"])[: whole.index(ids("a")[0])]
+    go_on = lambda text: ids("a" + text)[len(ids("a")) :] if text[:1].isspace() else ids(text)
+    body, ask, target = map(go_on, (body, ask, " " + answer.strip()))
+    body = body[len(start) :] if body[: len(start)] == start else body  # a chat template may have it, too
+    target = [*target[: max_length - len(start) - 2], tokenizer.eos_token_id]
+    room = max_length - len(start) - len(target)  # >= 1, so at least one prompt token precedes the answer
     ask = ask[-room:]
-    prompt = body[: room - len(ask)] + ask
+    prompt = start + body[: room - len(ask)] + ask
     return {"input_ids": prompt + target, "labels": [-100] * len(prompt) + target}
 
 def collate(rows, accepted=("logits_to_keep",)):
@@ -142,8 +145,7 @@ def collate(rows, accepted=("logits_to_keep",)):
     positions alone, where the labels are: BLOOM's output layer has nearly half of its parameters."""
     import torch
     def padded(values, fill):
-        values = [torch.tensor(each) for each in values]
-        return torch.nn.utils.rnn.pad_sequence(values, True, fill, padding_side="left")
+        return torch.nn.utils.rnn.pad_sequence([*map(torch.tensor, values)], True, fill, padding_side="left")
     labels = padded([row["labels"] for row in rows], -100)
     mask = padded([[1] * len(row["input_ids"]) for row in rows], 0)  # 0: padding
     batch = {"input_ids": padded([r["input_ids"] for r in rows], 0), "attention_mask": mask, "labels": labels}
@@ -157,8 +159,8 @@ def collate(rows, accepted=("logits_to_keep",)):
 # ---- Training: one configuration, with or without Ray ------------------------------------------------------
 DS_CONFIG = next((p for d in Path(__file__).absolute().parents for p in d.glob("ds_config.json")), None)
 
-def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
-    """Trains one configuration for NUM_EPOCHS epochs, in each process of a data-parallel group or in one.
+def fine_tune(drawn, s, train_rows, eval_rows, callbacks=()):
+    """Trains one configuration (numbers may be numpy's), in each process of a data-parallel group or in one.
     After each epoch callbacks get the metric eval_answer_loss: the mean over all answer tokens, in nats."""
     import torch
     import transformers
@@ -174,28 +176,27 @@ def fine_tune(hyperparameters, s, train_rows, eval_rows, callbacks=()):
         "eval_strategy": "epoch", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
         "output_dir": "/tmp", "remove_unused_columns": False,
     }
-    drawn = {TRAINING_ARGUMENT.get(name, name): value for name, value in hyperparameters.items()}
-    arguments = transformers.TrainingArguments(**(fields | drawn))  # before the model: ZeRO-3 splits it
+    named = {TRAINING_ARGUMENT.get(n, n): x.tolist() if hasattr(x, "tolist") else x for n, x in drawn.items()}
+    arguments = transformers.TrainingArguments(**(fields | named))  # before the model: ZeRO-3 splits it
     torch.manual_seed(s.SEED)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         s.MODEL_NAME, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
-    accepted = tuple(inspect.signature(model.forward).parameters)
     trainer = transformers.Trainer(
         model, arguments, train_dataset=train_rows, eval_dataset=eval_rows, callbacks=list(callbacks),
-        data_collator=lambda rows: collate(rows, accepted),
+        data_collator=lambda rows: collate(rows, inspect.signature(model.forward).parameters),
         preprocess_logits_for_metrics=answer_losses,
         compute_metrics=lambda p: {"answer_loss": p.predictions[:, 0].sum() / p.predictions[:, 1].sum()},
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    run = library_fixes.train if library_fixes else transformers.Trainer.train
-    run(trainer, resume_from_checkpoint=arguments.resume_from_checkpoint)
+    train_it = (library_fixes or transformers.Trainer).train
+    train_it(trainer, resume_from_checkpoint=arguments.resume_from_checkpoint)
 
 def answer_losses(logits, labels):
     """[b, k, vocabulary], [b, k] -> [b, 2]: each row's loss, summed over its answer tokens; their number."""
     import torch
-    logits, labels = logits[0] if isinstance(logits, tuple) else logits, labels[:, 1:]
-    scores = logits[:, :-1].float().transpose(1, 2)
-    losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")
+    logits = next(x for x in logits if getattr(x, "ndim", 0) == 3) if isinstance(logits, tuple) else logits
+    labels = labels[:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().mT, labels, reduction="none")
     return torch.stack([losses.sum(1), (labels != -100).sum(1)], dim=1).double()
 
 # ---- Trial: fine_tune in W Ray Train workers; each evaluation is reported to Tune --------------------------
@@ -210,8 +211,7 @@ def train_loop_per_worker(config):
             loss = metrics["eval_answer_loss"]  # the Trainer's own eval_loss is a mean over batches
             loss = loss if math.isfinite(loss) else math.nan  # no rung counts a NaN; the trial ends
             train.report({"eval_loss": loss, "epoch": float(round(state.epoch))})
-    further = config.pop("callbacks", [])  # raytune_pbt_hpo.py has one
-    fine_tune(config, s, *ray.get(data), [TuneReportCallback(), *further])
+    fine_tune(config, s, *ray.get(data), [TuneReportCallback(), *config.pop("callbacks", [])])
 
 def run_trial(config, s, data, scaling, run_dir):
     """One trial: Ray Train starts the workers of `scaling` and passes on their reports."""
@@ -285,7 +285,7 @@ def best_report(results, s):
         sys.exit(f"ERROR: {len(results)} of {s.NUM_SAMPLES} trials ran, {results.num_errors} failed, "
                  f"{len(reports)} finite losses were reported")
     best = min(reports, key=lambda report: report["eval_loss"])
-    drawn = {"train_loop_config": {n.split("/")[-1]: best[n] for n in best if "/train_loop_config/" in n}}
+    drawn = {"train_loop_config": {n.split("/", 2)[2]: best[n] for n in best if "/train_loop_config/" in n}}
     return {n: best[n] for n in ("eval_loss", "epoch", "time_total_s")} | {"config": drawn}
 
 def main():

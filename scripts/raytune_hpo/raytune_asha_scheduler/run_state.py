@@ -20,8 +20,8 @@ import os
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import ray
 from ray import cloudpickle, tune
@@ -43,7 +43,7 @@ def attach(s, run_dir, tune_config, run_config):
     # Prepare only as many trials as can start, so that they start in the order drawn.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(int(ray.cluster_resources()["trial_slot"]))
     saved, name = newest_state(run_dir / "tune"), type(tune_config.scheduler).__name__
-    remembering = Remembering(tune_config.scheduler, run_dir)
+    remembering = Remembering(tune_config.scheduler, run_dir, s.NUM_EPOCHS)
     if type(tune_config.scheduler) in (AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule):
         tune_config.scheduler = remembering
     run_config.callbacks.append(Recorder(run_dir, remembering))
@@ -168,15 +168,22 @@ class Recorder(tune.Callback):
                    time_total_s=best["seconds"], config=best["config"])  # fmt: skip
 
 
+@dataclass(eq=False)
+class Earlier:
+    """What a scheduler knows a trial by that has reported in the earlier part of a run."""
+
+    trial_id: str
+
+
 class Remembering(TrialScheduler):
-    """A scheduler that knows the decisions of the earlier part of a run.
+    """A scheduler that knows the decisions of the earlier part of a run, and pauses no trial.
 
     Ray restores it as it was before the first trial. Then it is told the reports of the record once more, in order, so
     its rungs are what they were. A trial that runs again gets the decisions that it had at the same epochs.
     """
 
-    def __init__(self, scheduler, run_dir):
-        self.scheduler, self.run_dir, self.decisions, self.knows_earlier = scheduler, run_dir, {}, False
+    def __init__(self, scheduler, run_dir, epochs):
+        self.scheduler, self.run_dir, self.epochs, self.decisions, self.earlier = scheduler, run_dir, epochs, {}, None
 
     @property
     def metric(self):
@@ -186,20 +193,32 @@ class Remembering(TrialScheduler):
         return self.scheduler.set_search_properties(metric, mode, **spec)
 
     def on_trial_add(self, controller, trial):
-        for row in [] if self.knows_earlier else reports_so_far(self.run_dir):
-            if (row["trial_id"], row["epoch"]) in self.decisions:
+        if self.earlier is None:
+            self.earlier = {}
+            self.tell_again(controller)
+        self.scheduler.on_trial_add(controller, self.known(trial))
+
+    def tell_again(self, controller):
+        for row in reports_so_far(self.run_dir):
+            key = row["trial_id"], row["epoch"]
+            if key in self.decisions:
                 continue  # trained twice, since the run was cut short
-            told = SimpleNamespace(trial_id=row["trial_id"])
-            self.scheduler.on_trial_add(controller, told)
-            self.scheduler.on_trial_result(controller, told, row)
-            self.decisions[row["trial_id"], row["epoch"]] = row["decision"]
-        self.knows_earlier = True
-        self.scheduler.on_trial_add(controller, trial)
+            self.decisions[key], row["time_total_s"] = row["decision"], row["seconds"]
+            trial = self.earlier.setdefault(key[0], Earlier(key[0]))
+            self.scheduler.on_trial_add(controller, trial)
+            if row["epoch"] < self.epochs:  # of the last, Ray tells that the trial is complete, and nothing else
+                self.scheduler.on_trial_result(controller, trial, row)
+            if row["decision"] == "STOP":
+                self.scheduler.on_trial_complete(controller, trial, row)
+
+    def known(self, trial):
+        return self.earlier.get(trial.trial_id, trial)
 
     def on_trial_result(self, controller, trial, result):
         key = trial.trial_id, result["epoch"]
         if key not in self.decisions:
-            self.decisions[key] = self.scheduler.on_trial_result(controller, trial, result)
+            decision = self.scheduler.on_trial_result(controller, self.known(trial), result)
+            self.decisions[key] = "CONTINUE" if decision == "PAUSE" else decision  # there are no checkpoints
         return self.decisions[key]
 
     def choose_trial_to_run(self, controller):
@@ -208,13 +227,13 @@ class Remembering(TrialScheduler):
         return min(waiting, key=lambda trial: str(trial)[-5:], default=None)
 
     def on_trial_complete(self, controller, trial, result):
-        self.scheduler.on_trial_complete(controller, trial, result)
+        self.scheduler.on_trial_complete(controller, self.known(trial), result)
 
     def on_trial_remove(self, controller, trial):
-        self.scheduler.on_trial_remove(controller, trial)
+        self.scheduler.on_trial_remove(controller, self.known(trial))
 
     def on_trial_error(self, controller, trial):
-        self.scheduler.on_trial_error(controller, trial)
+        self.scheduler.on_trial_error(controller, self.known(trial))
 
     def debug_string(self):
         return self.scheduler.debug_string()

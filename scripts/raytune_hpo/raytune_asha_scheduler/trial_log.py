@@ -55,7 +55,8 @@ class TrialLines(tune.Callback):
     """One line for each event of a trial."""
 
     def __init__(self, s, run_dir, scheduler):
-        self.s, self.run_dir, self.scheduler, self.best, self.ended = s, run_dir, scheduler, math.inf, set()
+        self.s, self.run_dir, self.scheduler, self.best = s, run_dir, scheduler, math.inf
+        self.stopped, self.ended = set(), set()
         self.many = s.NUM_SAMPLES > MANY_TRIALS
 
     def drawn(self, trial):
@@ -69,6 +70,7 @@ class TrialLines(tune.Callback):
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
         self.best = min(self.best, result["eval_loss"])  # min() keeps its first argument if the second is NaN
+        self.stopped |= {trial.trial_id} if result.get("done") else set()
         if not self.many:
             epoch, loss = result["epoch"], result["eval_loss"]
             say(f"{trial}  epoch {epoch:g}/{self.s.NUM_EPOCHS}  eval_loss {loss:.5f}")
@@ -80,6 +82,8 @@ class TrialLines(tune.Callback):
             end = f"ended      diverged at epoch {epoch:g}"
         elif epoch >= self.s.NUM_EPOCHS:
             end = "finished   all epochs"
+        elif trial.trial_id not in self.stopped:  # it has ended by itself
+            end = f"finished   its epochs, {epoch:g} as drawn"
         else:
             end = f"stopped    by {self.scheduler} after epoch {epoch:g}"
         if self.many:
