@@ -57,6 +57,11 @@ MODELS = {  # folder: what is changed in the model's files (None: taken out; a d
     "tokenizer broken": ({"tokenizer.json": b"{"}, "its tokenizer cannot be loaded .JSONDecodeError"),
     "package": ({"tokenizer.json": None, "tokenizer.model": b"x", "config.json": {"model_type": "llama"}},
                 "its tokenizer cannot be loaded .*; .* pip install sentencepiece"),
+    "other shape": ({"config.json": {"vocab_size": 2000}},
+                    "1 of its weights, such as transformer.word_embeddings.weight, are missing or have another shape"),
+    "adapter": ({"adapter_config.json": {}}, "is an adapter .adapter_config.json.; merge it into its base model"),
+    "recurrent": ({"config.json": {"model_type": "rwkv"}}, "rwkv is not a causal language model that can be trained"),
+    "short": ({"config.json": {"max_position_embeddings": 64}}, "reads at most 64 tokens, and rows have up to"),
     "no eos": ({"tokenizer_config.json": {"eos_token": None}}, "no end-of-sequence token; set eos_token"),
     "added token": ({"tokenizer_config.json": {"eos_token": "<|end|>"}}, "makes token 1946, but the model knows only"),
 }  # fmt: skip

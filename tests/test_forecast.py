@@ -8,6 +8,7 @@ import statistics
 import forecast
 import numpy as np
 import pytest
+from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from test_fill_tables import keep, started, trial
 
@@ -56,6 +57,12 @@ def test_the_epochs_are_those_of_the_scheduler_whatever_its_arguments(search, fa
 ])
 def test_another_scheduler_of_the_lesson_has_a_forecast_as_well(search, scheduler, low, high):
     assert low <= forecast.expected(search(scheduler), slots=2)[1] <= high
+
+
+def test_each_value_of_a_grid_is_drawn_num_samples_times(search, monkeypatch):
+    s, space = search(), {"train_loop_config": {"lr": tune.grid_search([1e-5, 1e-4, 1e-3])}}
+    monkeypatch.setattr(forecast.lesson, "search_space", lambda s: space)
+    assert next(forecast.lines(s, 4, 1)).split(",")[0].endswith(" of 180 epochs")
 
 
 def test_a_search_too_large_to_simulate_has_none(search):

@@ -5,6 +5,7 @@ file says. And the script of population based training (PBT), which changes the 
 import json
 import math
 import os
+import random
 import re
 import runpy
 import shutil
@@ -14,8 +15,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forecast
 import pytest
+import run_state
 from conftest import REPO, SCRIPT, address_of, end_ray, one_slot, start_ray, table_of, wait_for
+from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 
 NEIGHBOURS = {"fast_trials", "run_state", "trial_log", "library_fixes", "own_data"}
 FEW = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "8", "NUM_EPOCHS": "1", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "1"}
@@ -108,7 +112,6 @@ def test_without_a_neighbour_only_what_it_does_is_lost(missing, search_with, alo
 def test_with_another_ray_a_lost_node_costs_its_trials_and_the_log_says_so(tmp_path, monkeypatch):
     """run_state.py replaces a method of Ray's, whose versions it names."""
     import ray
-    import run_state
     from ray import tune
     from ray.tune.experiment import Trial
 
@@ -136,7 +139,6 @@ def test_a_cluster_without_trial_slots_is_told_so_at_once(hpo, monkeypatch):
 
 
 def test_only_a_lost_process_starts_again_not_one_that_could_not_be_made(tmp_path, monkeypatch):
-    import run_state
     from ray import cloudpickle
     from ray.exceptions import RayActorError
 
@@ -153,6 +155,46 @@ def test_only_a_lost_process_starts_again_not_one_that_could_not_be_made(tmp_pat
     assert not starts_again(RayActorError(None, "its node died"), failures=4)
     assert not starts_again(RayActorError(None, "ModuleNotFoundError", actor_init_failed=True))
     assert not starts_again(RuntimeError("training worker 0 died; out of memory?"))
+
+
+@pytest.mark.parametrize("scheduler", [
+    lambda: ASHAScheduler(metric="eval_loss", mode="min", max_t=5, reduction_factor=2),
+    lambda: MedianStoppingRule(metric="eval_loss", mode="min", grace_period=1),  # of seconds, as it is by default
+    lambda: MedianStoppingRule("epoch", "eval_loss", "min", grace_period=1),
+])  # fmt: skip
+def test_a_scheduler_decides_after_a_cut_as_without_one_and_pauses_nothing(tmp_path, scheduler):
+    """Trials one after another. A continued run adds all again, and starts those anew that had not ended."""
+    draw = random.Random(2)
+    trials = [forecast.Trial(number, [draw.random() for _ in range(5)], []) for number in range(12)]
+    waiting = SimpleNamespace(status="PENDING")
+    controller = SimpleNamespace(get_live_trials=lambda: [waiting])
+
+    def search(folder, reports=math.inf):
+        """Until so many reports are recorded -> all decisions"""
+        remembering = run_state.Remembering(scheduler(), folder, 5)
+        for trial in trials:
+            remembering.on_trial_add(controller, trial)
+        ended = {row["trial_id"] for row in run_state.reports_so_far(folder) if row["decision"] == "STOP"}
+        for trial in trials:
+            for epoch, loss in enumerate([] if trial.trial_id in ended else trial.losses, 1):
+                row = {"trial_id": trial.trial_id, "epoch": epoch, "eval_loss": loss, "seconds": 2.0 * epoch}
+                result = row | {"training_iteration": epoch, "time_total_s": 2.0 * epoch}
+                decision = remembering.on_trial_result(controller, trial, result) if epoch < 5 else "STOP"
+                run_state.record(folder, "report", decision=decision, training_iteration=epoch, **row)
+                if (reports := reports - 1) <= 0:
+                    return None
+                if decision == "STOP":
+                    remembering.on_trial_complete(controller, trial, result)
+                    break
+        rows = run_state.reports_so_far(folder)
+        return {(row["trial_id"], row["epoch"]): row["decision"] for row in rows}
+
+    (tmp_path / "whole").mkdir()
+    whole = search(tmp_path / "whole")
+    assert set(whole.values()) == {"CONTINUE", "STOP"} and len(whole) < 60
+    for cut in range(1, len(whole), 5):
+        (tmp_path / str(cut)).mkdir()
+        assert search(tmp_path / str(cut), cut) is None and search(tmp_path / str(cut)) == whole, cut
 
 
 # ---- Population based training ---------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import types
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,30 @@ def test_labels_decode_to_the_answer_and_nothing_else(hpo, tokenizer):
     whole = tokenizer.decode(row["input_ids"])
     assert whole.startswith("Context: The old mill")
     assert whole.endswith("Question: Who keeps the mill?\nAnswer: Anna Berg" + tokenizer.eos_token)
+
+
+def llamas(template=None):
+    """A tokenizer of Llama's kind: <s> in front of every text, and a space before its first word."""
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer, special = pre_tokenizers.Metaspace(prepend_scheme="first"), ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=["\n"])
+    made.train_from_iterator([*ROW, *ROW, "Context: Question: Answer: [a]"], trainer)
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template, **names)
+
+
+def test_a_row_begins_as_the_tokenizer_s_own_texts_do_and_its_parts_as_they_do_inside(hpo):
+    context, question, answer = ROW
+    whole = llamas()(f"Context: {context}\nQuestion: {question}\nAnswer: {answer}")["input_ids"]
+    row = hpo.encode(*ROW, llamas())
+    assert row["input_ids"] == [*whole, 2] and whole.count(1) == 1 == whole[0]
+    assert llamas().convert_ids_to_tokens([label for label in row["labels"] if label != -100])[0].startswith("▁A")
+    for bos in ("", "{{ bos_token }}"):
+        chat = llamas(f"{bos}[{{{{ messages[0].content }}}}]\n")
+        for texts in (ROW, (None, question, answer), (90 * context, question, answer)):
+            ids = hpo.encode(*texts, chat, chat=True)["input_ids"]
+            assert ids[0] == 1 == ids.count(1) and len(ids) <= 512
 
 
 def test_the_loss_depends_on_the_context_and_the_question(hpo, tokenizer, model):
@@ -124,7 +149,8 @@ def test_load_squad_draws_the_same_subset_for_a_seed_and_another_for_another(hpo
     assert draw(2)[0] != train
 
 
-def test_load_squad_takes_a_data_set_from_the_hub_in_the_same_form(hpo, demo, squad, monkeypatch):
+@pytest.mark.parametrize("alone", [False, True])  # an answer as a text, not in a list
+def test_load_squad_takes_a_data_set_from_the_hub_in_the_same_form(hpo, demo, squad, monkeypatch, alone):
     """The hub cannot be reached in a test: the library's own loader gets the rows it would return from there."""
     import datasets
 
@@ -132,7 +158,10 @@ def test_load_squad_takes_a_data_set_from_the_hub_in_the_same_form(hpo, demo, sq
 
     def rows(name, split):
         assert name == "rajpurkar/squad"
-        return [datasets.Dataset.from_list(hpo.read_file(squad / files[each])) for each in split]
+        found = [hpo.read_file(squad / files[each]) for each in split]
+        for row in [*found[0], *found[1]] if alone else []:
+            row["answers"]["text"] = row["answers"]["text"][0]
+        return [datasets.Dataset.from_list(each) for each in found]
 
     from_folder = hpo.load_squad(settings(hpo, demo, squad, TRAIN_SAMPLES=8, EVAL_SAMPLES=4))
     monkeypatch.setattr(datasets, "load_dataset", rows)
@@ -148,9 +177,11 @@ def test_a_squad_file_with_a_byte_order_mark_is_read(hpo, tmp_path):
 def test_the_best_result_is_the_lowest_report_of_any_epoch_of_a_trial_without_error(hpo):
     import pandas
 
+    drawn = lambda lr: {f"config/train_loop_config/{name}": lr for name in ("lr", "a/x", "b/x")}
+
     def trial(lr, losses, error=None):
         rows = [
-            {"eval_loss": loss, "epoch": float(i), "time_total_s": 10.0 * i, "config/train_loop_config/lr": lr}
+            {"eval_loss": loss, "epoch": float(i), "time_total_s": 10.0 * i} | drawn(lr)
             for i, loss in enumerate(losses, 1)
         ]
         return types.SimpleNamespace(error=error, metrics_dataframe=pandas.DataFrame(rows))
@@ -163,7 +194,8 @@ def test_the_best_result_is_the_lowest_report_of_any_epoch_of_a_trial_without_er
 
     failed, diverged = trial(3, [0.1], error=RuntimeError()), trial(4, [float("nan")])
     found = best(trial(1, [5.0, 2.0, 4.0]), trial(2, [3.0, 2.5]), failed, diverged, trials=4)
-    assert found == {"eval_loss": 2.0, "epoch": 2.0, "time_total_s": 20.0, "config": {"train_loop_config": {"lr": 1}}}
+    config = {"train_loop_config": {"lr": 1, "a/x": 1, "b/x": 1}}
+    assert found == {"eval_loss": 2.0, "epoch": 2.0, "time_total_s": 20.0, "config": config}
     with pytest.raises(SystemExit, match="2 of 2 trials ran, 1 failed"):
         best(failed, diverged)
     with pytest.raises(SystemExit, match="1 of 2 trials ran, 0 failed"):

@@ -7,10 +7,12 @@ import subprocess
 import sys
 
 import conftest
+import numpy as np
 import pytest
 from conftest import EXERCISE, REPO, load_module
 from ray import tune
 from ray.tune import schedulers
+from ray.tune.search.optuna import OptunaSearch
 
 CHECK = REPO / "scripts/job/check_inputs.py"
 
@@ -28,12 +30,19 @@ scheduler = lambda kind, **more: ("scheduler", lambda s: getattr(schedulers, kin
 
 
 @pytest.mark.parametrize("edit, said", [
-    (space(warmup_ratio=tune.uniform(0.0, 0.2), adam_beta2=tune.choice([0.99, 0.999])), None),
+    (space(warmup_ratio=tune.uniform(0.0, 0.2), lr_scheduler_type=tune.choice(["cosine", "polynomial"]),
+           per_device_bs=tune.choice(np.arange(1, 3)), gradient_accumulation_steps=tune.choice(np.arange(1, 3))), None),
     (space(bf16=True, tf32=True), None),  # the nodes of the run may have what this one lacks
     (space(warmup_rate=0.1), "search space: 'warmup_rate' is no hyperparameter; .* did you mean 'warmup_ratio'?"),
-    (space(optim=tune.grid_search(["adamw_torch", "adam_w"])), 
+    (space(optim=tune.grid_search(["adamw_torch", "adam_w"])),
      "search space=.'optim': 'adam_w'.: training with it fails .*adam_w is not a valid Opt.*; draw something else"),
+    (space(learning_rate=1e-5), "search space: 'lr' and 'learning_rate' are the same hyperparameter; remove one"),
+    (space(per_device_bs=tune.quniform(2, 2, 1)), "search space: per_device_bs=2.0: is not a whole number"),
+    (space(lr="1e-5x"), "search space: lr='1e-5x': is not a number"),
     (("search_space", lambda s: {"lr": 1}), "search space: has .'lr'.; put what is drawn into train_loop_config.*"),
+    (scheduler("ASHAScheduler", mode="max"), "AsyncHyperBandScheduler: mode='max': is not .*; set mode='min'"),
+    (scheduler("MedianStoppingRule", time_attr="epochs"), "M.*: time_attr='epochs': is not .*; set time_attr='epoch'"),
+    (("search_algorithm", lambda s: OptunaSearch(metric="loss", mode="min")), "Opt.*='loss': is not .*='eval_loss'"),
     (scheduler("HyperBandScheduler"), "scheduler: HyperBandScheduler .* use raytune_pbt_hpo.py.*"),
     (scheduler("ASHAScheduler", grace_period=9, max_t=5), "search space or scheduler: AssertionError.*; mend it in .*"),
 ])  # fmt: skip

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import deepspeed
+import numpy
 from conftest import SCRIPT, load_module
 from deepspeed.accelerator import get_accelerator
 from transformers import TrainerCallback
@@ -63,7 +64,8 @@ for training in map(json.loads, trainings):
         del config["zero_optimization"]
     written.write_text(json.dumps(config))
     hpo.DS_CONFIG = None if stage == "none" else written
-    hpo.fine_tune(training, settings, *rows, callbacks=[watch])
+    drawn = {name: numpy.asarray(value)[()] for name, value in training.items()}  # as from tune.choice(np.arange(4))
+    hpo.fine_tune(drawn, settings, *rows, callbacks=[watch])
     results.append(watch.seen)
 written.unlink()
 if os.environ["RANK"] == "0":
