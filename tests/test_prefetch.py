@@ -77,6 +77,7 @@ def hub(demo, hpo, tmp_path_factory):
     data = {"squad/train": train, "squad/validation": validation, "train_only/train": train}
     for name, answers in (("squad_v2", {"text": []}), ("one_text", {"text": "one"})):
         data[f"{name}/train"] = data[f"{name}/validation"] = [row | {"answers": answers} for row in train]
+    data["one_blank/train"], data["one_blank/validation"] = [*train, data["squad_v2/train"][0]], validation
     for name, rows in data.items():
         path = folder / f"datasets/org/{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,15 +133,16 @@ def fetched(hub, environ, tmp_path_factory):
 
 
 def test_names_on_the_hub_are_checked_and_the_weights_are_not_fetched(hub, environ):
-    code = "status = c.main()\nfor name in 'squad_v2', 'one_text', 'train_only':\n"
+    code = "status = c.main()\nfor name in 'squad_v2', 'one_blank', 'train_only':\n"
     code += "  try: c.check(c.os.environ | {'SQUAD_DATA': f'org/{name}', 'MODEL_NAME': 'org/pickled'})\n"
     code += "  except c.InputError as error: print(error)\nsys.exit(status)"
+    environ = environ | {"SQUAD_DATA": "org/one_text"}  # an answer that is a text is one answer
     done = check(environ, code)
     assert done.returncode == 0 and done.stderr == "" and "  MODEL_NAME         org/tiny\n" in done.stdout
     assert not [line for line in hub.asked if line.startswith("GET") and "safetensors" in line]
     lines = done.stdout.splitlines()[-6:]
     assert all(line.startswith("MODEL_NAME='org/pickled': has no model.safetensors (") for line in lines[::2])
-    told = {"squad_v2": "in SQuAD v2, empty", "one_text": "not a list of texts", "train_only": 'Unknown split "valid'}
+    told = {"squad_v2": "in SQuAD v2, empty", "one_blank": "or its answers are", "train_only": 'Unknown split "valid'}
     for line, (name, why) in zip(lines[1::2], told.items(), strict=True):
         assert line.startswith(f"SQUAD_DATA='org/{name}': ") and why in line and "; " in line, line
     cache = f"{environ['HF_HOME']}/hub"

@@ -38,7 +38,7 @@ def train(hyperparameters, settings, rows, folder, start_from):
 
 
 def results(model, squad, folder):
-    """{engine: {variant: what was seen}}; the losses of one in fp16 that diverges. The checkpoints are in the folder."""
+    """{engine: {variant: what was seen}}; the losses of one in fp16 that diverges. Checkpoints are in the folder."""
     small = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "4"}
     settings = pbt.lesson.read_settings({"MODEL_NAME": model, "SQUAD_DATA": squad} | small)
     rows, found = pbt.lesson.load_squad(settings), {}

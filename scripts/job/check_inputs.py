@@ -227,7 +227,6 @@ def model_and_data_problems(s):
         for name, rows in zip(("TRAIN_SAMPLES", "EVAL_SAMPLES"), read_splits(s.SQUAD_DATA), strict=True):
             asked, found = getattr(s, name), len(rows)
             few[name] = min(asked, 100)  # are encoded here
-            check_rows(lesson.draw(rows, min(asked, found), s.SEED))  # of the hub's data only what is used
             if asked > found:
                 problems.append(f"{name}='{asked}': there are only {found} questions; ask for at most {found}")
     if not problems and s.CHAT_TEMPLATE:
@@ -336,7 +335,7 @@ def read_splits(data):
 
     if not hub.constants.HF_HUB_OFFLINE:  # else only the cache is asked
         hub.HfApi().dataset_info(data, timeout=HUB_SECONDS)
-    return lesson.read_splits(data)
+    return [check_rows(rows.to_list()) for rows in lesson.read_splits(data)]
 
 
 def files_of_data(folder):
