@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import forecast
 import pytest
 import run_state
+import trial_log
 from conftest import REPO, SCRIPT, address_of, end_ray, one_slot, start_ray, table_of, wait_for
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 
@@ -155,6 +156,24 @@ def test_only_a_lost_process_starts_again_not_one_that_could_not_be_made(tmp_pat
     assert not starts_again(RayActorError(None, "its node died"), failures=4)
     assert not starts_again(RayActorError(None, "ModuleNotFoundError", actor_init_failed=True))
     assert not starts_again(RuntimeError("training worker 0 died; out of memory?"))
+
+
+@pytest.mark.parametrize("losses, stopped, how", [
+    ([2.0], True, "stopped    by ASHA after epoch 1"), ([2.0, math.nan], True, "ended      diverged at epoch 2"),
+    ([2.0, 1.0, 0.5], True, "finished   all epochs"),
+    ([2.0, 1.0], False, "finished   its epochs, 2 as drawn"),  # num_train_epochs is a hyperparameter, say
+])  # fmt: skip
+def test_the_log_tells_how_a_trial_has_ended(tmp_path, monkeypatch, losses, stopped, how):
+    said, trial = [], forecast.Trial(0, losses, [])
+    monkeypatch.setattr(trial_log, "say", said.append)
+    lines = trial_log.TrialLines(SimpleNamespace(NUM_EPOCHS=3, NUM_SAMPLES=1), tmp_path, "ASHA")
+    for epoch, loss in enumerate(losses, 1):
+        done = stopped and epoch == len(losses)
+        trial.last_result = {"epoch": epoch, "eval_loss": loss} | ({"done": True} if done else {})
+        lines.on_trial_result(0, [trial], trial, trial.last_result)
+    trial.last_result["done"], trial.is_finished = True, lambda: True
+    lines.on_trial_complete(0, [trial], trial)
+    assert said[-1].endswith(f"  {how}") and len(said) == len(losses) + 1
 
 
 @pytest.mark.parametrize("scheduler", [

@@ -90,14 +90,18 @@ def test_capacity_is_what_slurm_understood(cluster):
     assert CAPACITY.asked_for(newer) == (4, 2, 1, False)
 
 
+EIGHT = "TresPerNode=gres:gpu:8"
 RECORD = "NumNodes=1 NumCPUs={} NumTasks=1 OverSubscribe={} {}"
 
 
 @pytest.mark.parametrize("record, variables, told, status", [
-    (RECORD.format(20, "OK", "TresPerNode=gres:gpu:8"), {}, "capacity: 4 trial(s)", 0),
+    (RECORD.format(20, "OK", EIGHT), {}, "capacity: 4 trial(s)", 0),
     (RECORD.format(20, "OK", "TresPerNode=gres:gpu:v100:4"), {}, "capacity: 2 trial(s)", 0),
     (RECORD.format(20, "OK", ""), {}, "capacity: 4 trial(s)", 0),
     (RECORD.format(20, "OK", ""), {"GPUS_PER_WORKER": "1"}, "does not fit on a node with 20 CPUs and 0 GPUs", 1),
+    (RECORD.format(20, "OK", f"{EIGHT} TRES=cpu=20,mem=40G"), {"MEMORY_PER_WORKER": "6"}, "capacity: 3 trial(s)", 0),
+    (RECORD.format(20, "OK", f"{EIGHT} ReqTRES=mem=4000M"), {"PARAMETERS": "559214592"},
+     "MEMORY_PER_WORKER=5.1) does not fit on a node with 20 CPUs, 3.91 GiB and 8 GPUs", 1),
     (RECORD.format(1, "NO", ""), {}, "it counts them when it starts", 0),
 ])  # fmt: skip
 def test_no_other_edit_is_needed_for_other_nodes(record, variables, told, status):
