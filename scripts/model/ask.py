@@ -28,7 +28,7 @@ import raytune_asha_hpo as hpo
 from check_inputs import InputError
 
 MAX_LENGTH = 512  # tokens of prompt and answer, as in the training
-NEW_TOKENS = 48  # of an answer, at most
+NEW_TOKENS = 48  # of an answer, at most, if no right one is longer
 AT_ONCE = 8  # questions in a batch
 
 
@@ -49,9 +49,11 @@ class Model:
 
     def answers(self, rows):
         """The model's answer to each row {context, question}, by greedy decoding: a list of texts."""
-        prompts = []
+        prompts, right = [], [text for row in rows if "answers" in row for text in hpo.answers(row)]
+        longest = max((len(self.tokenizer(text)["input_ids"]) for text in right), default=0)
+        room = min(max(NEW_TOKENS, longest + 8), MAX_LENGTH // 2)
         for row in rows:
-            coded = hpo.encode(row["context"], row["question"], "", self.tokenizer, MAX_LENGTH - NEW_TOKENS, self.chat)
+            coded = hpo.encode(row["context"], row["question"], "", self.tokenizer, MAX_LENGTH - room, self.chat)
             prompt = [token for token, label in zip(coded["input_ids"], coded["labels"], strict=True) if label == -100]
             prompts.append({"input_ids": prompt, "labels": [-100] * len(prompt)})
         end, found = self.tokenizer.eos_token_id, []
@@ -59,7 +61,7 @@ class Model:
             inputs = {name: made[name] for name in ("input_ids", "attention_mask")}
             greedy = {"do_sample": False, "num_beams": 1, "eos_token_id": end, "pad_token_id": end,
                       "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}  # fmt: skip
-            tokens = self.model.generate(**inputs, **greedy, max_new_tokens=NEW_TOKENS)
+            tokens = self.model.generate(**inputs, **greedy, max_new_tokens=room)
             new = tokens[:, inputs["input_ids"].shape[1] :]
             found += [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
         return found
