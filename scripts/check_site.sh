@@ -101,7 +101,7 @@ check_packages() {                                           # 1: there is no Py
 
 check_inputs() {                                             # variables, model and data, as the search finds them
     local said error
-    if said=$(timeout 300 python "$REPO/scripts/job/check_inputs.py" 2>&1); then
+    if said=$(owned timeout 300 python "$REPO/scripts/job/check_inputs.py" 2>&1); then
         line ok "inputs: $(sed -nE 's/^ *(MODEL_NAME|SQUAD_DATA) +/\1=/p' <<<"$said" | paste -sd' ') can be loaded"
         return
     fi
