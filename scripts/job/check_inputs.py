@@ -235,15 +235,18 @@ def model_and_data_problems(s):
             lesson.neighbour("own_data").in_chat_template("", "", tokenizer)
     if not problems:
         with told(problems, "MODEL_NAME", s.MODEL_NAME):
+            config = config.get_text_config()
+            words, most = config.vocab_size, getattr(config, "max_position_embeddings", 512)
+            few = few if most >= 512 else {}  # the lesson's rows are no longer than that
             encoded = lesson.load_squad(SimpleNamespace(**vars(s) | few | {"MODEL_NAME": place}))
-            rows, config = [row["input_ids"] for each in encoded for row in each], config.get_text_config()
+            rows = [row["input_ids"] for each in encoded for row in each]
             tokens, longest = list(itertools.chain(*rows)), max(map(len, rows))
-            if max(tokens) >= (words := config.vocab_size):
+            if max(tokens) >= words:
                 why = f"its tokenizer makes token {max(tokens)}, but the model knows only {words}"
                 raise InputError(f"{why}; use its own one")
             if tokens.count(tokenizer.unk_token_id) > len(tokens) / 4:
                 raise InputError("its tokenizer does not know the letters of SQUAD_DATA; use a model of that language")
-            if longest > (most := getattr(config, "max_position_embeddings", longest)):
+            if longest > most:
                 raise InputError(f"reads at most {most} tokens, and rows have up to {longest}; use another model")
     return problems
 
@@ -256,7 +259,7 @@ def check_model(name):
     place = find_model(name)
     config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     encoder = type(config) in auto.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    other = encoder or config.is_encoder_decoder or config.model_type in NOT_SUITED
+    other = encoder or getattr(config, "is_encoder_decoder", False) or config.model_type in NOT_SUITED
     if other or type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"{config.model_type} is not a causal language model that can be trained; use another one")
     if quantized := getattr(config, "quantization_config", None):
