@@ -65,8 +65,8 @@ class InputError(Exception):
     """Bad input. As check() raises it: one line per problem, NAME='value': why; fix. Inside it: why; fix."""
 
 
-def check(environ, look_inside=True):
-    """The settings of a run, all checked; folders as absolute paths. look_inside: model and data, too."""
+def check(environ, look_inside=True, search=True):
+    """The settings of a run, all checked; folders as absolute paths. look_inside: model, data and search space, too."""
     environ, script = environ_of_run(environ)
     texts = {name: environ.get(name, default) for name, (default, *_) in lesson.VARIABLES.items()}
     s, problems = SimpleNamespace(**dict.fromkeys(texts, float("nan"))), []  # NaN is neither above nor below a limit
@@ -84,7 +84,7 @@ def check(environ, look_inside=True):
         problems.append(f"{asked}: too many processes for this machine; set at most {most}, or use sbatch")
     if look_inside and not problems:
         os.environ.update(QUIET | os.environ)  # the libraries read them when they are imported
-        problems = search_problems(s) + model_and_data_problems(s)
+        problems = (search_problems(s) if search else []) + model_and_data_problems(s)
     if problems:
         raise InputError("\n".join(problems))
     return s

@@ -119,7 +119,7 @@ def main():
                 why = "no results of a search in this folder; give one such as runs/<jobid>"
                 raise InputError(f"--best={a.best!r}: {why}")
             drawn = found[0][1]
-        settings = check_inputs.check(environ)
+        settings = check_inputs.check(environ, search=False)
         settings.NUM_EPOCHS = value["epochs"] or settings.NUM_EPOCHS
         settings.WORKERS_PER_TRIAL = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
         with saved_model.NewModel(a.save, a.best) if a.save else contextlib.nullcontext() as new_model:
