@@ -55,19 +55,22 @@ LATER = {"POSIXLY_CORRECT": "1", "GREP_OPTIONS": "-v", "CDPATH": "/", "BASH_ENV"
          "WORLD_SIZE": "4", "MASTER_PORT": "1", "OMP_PROC_BIND": "close", "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "x:1",
          "TUNE_RESULT_DIR": "/none", "ACCELERATE_MIXED_PRECISION": "fp8", "SBATCH_WAIT": "1", "SBATCH_JOB_NAME": "x",
          "NCCL_SOCKET_IFNAME": "ib0", "DS_ACCELERATOR": "none", "MPLBACKEND": "none", "GLOBIGNORE": "*",
-         "PMI_SIZE": "8"}  # fmt: skip
+         "PMI_SIZE": "8", "ROCR_VISIBLE_DEVICES": "2,3"}  # fmt: skip
 
 
 def test_a_job_has_the_same_environment_whatever_variables_hold():
-    """Three stay: the hub may need a proxy, which nothing inside the cluster goes through; for PYTHONPATH see below."""
+    """Three stay: the hub may need a proxy, which nothing inside the cluster goes through; for PYTHONPATH see below.
+
+    Slurm's name of AMD's GPUs, with which Ray does not start, becomes Ray's.
+    """
     dump = 'RUN_DIR=/r; prepare_cluster 10.0.0.1 10.0.0.2; [[ -n "$(date)" ]]; env | sort'
     plain = dict.fromkeys((HOSTILE | LATER).keys() & os.environ.keys(), "")
     (_, expected), (status, found) = (shell(dump, **each, no_proxy="site.org") for each in (plain, HOSTILE | LATER))
     said = re.compile(r"bash: warning: setlocale|ERROR: ld.so|_=|LD_PRELOAD=.* cannot be loaded")
-    stays = re.compile("(http_proxy|PYTHONPATH|NODE_NAME)=")
+    stays = re.compile("(http_proxy|PYTHONPATH|NODE_NAME|HIP_VISIBLE_DEVICES)=")
     mine = lambda lines: [line for line in lines if not said.match(line) and not stays.match(line)]
     assert status == 0 and mine(found) == mine(expected)
-    assert len(list(filter(stays.match, found))) == 3
+    assert len(list(filter(stays.match, found))) == 4 and "HIP_VISIBLE_DEVICES=2,3" in found
     for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
         assert f"{name}=site.org,localhost,127.0.0.1,10.0.0.1,10.0.0.2" in found
 
@@ -145,7 +148,7 @@ def test_paths_keep_the_names_that_the_user_sees(tmp_path, course, monkeypatch, 
 # ---- What limits a process ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("cgroup, files, cpus", [
     ("0::/\n", {"cpu.max": "200000 100000"}, 2),  # a container, version 2
-    ("0::/a/b\n", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3),
+    ("0::/a/b\n", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000", "a/memory.max": "3221225472\n"}, 3),
     ("0::/a\n", {"a/cpu.max": "50000 100000", "a/pids.max": "500\n", "a/pids.current": "480\n"}, 1),
     ("4:cpu,cpuacct:/d/x\n1:name=s:/\n", {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
     ("4:cpu:/d\n", {"cpu/d/cpu.cfs_quota_us": "-1", "cpu/d/cpu.cfs_period_us": "100000"}, 64),
@@ -155,14 +158,42 @@ def test_trials_get_what_a_container_allows(tmp_path, monkeypatch, cgroup, files
     for name, text in {"proc/self/cgroup": cgroup, **{f"sys/fs/cgroup/{n}": files[n] for n in files}}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
+    (tmp_path / "proc").mkdir(exist_ok=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 16777216 kB\nMemAvailable:   12582912 kB\n")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
     monkeypatch.setattr(this_node.resource, "getrlimit", lambda _: (this_node.resource.RLIM_INFINITY,) * 2)
     for name in ("SLURM_CPUS_ON_NODE", "ON_SLURM"):
         monkeypatch.delenv(name, raising=False)
     assert this_node.usable_cpus(tmp_path) == cpus
     assert this_node.free_processes(tmp_path) == (20 if "a/pids.max" in files else math.inf)
+    assert this_node.usable_memory(tmp_path) == (3 if "a/memory.max" in files else 12)
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", "2")  # inside an allocation
     assert this_node.usable_cpus(tmp_path) == min(cpus, 2)
+    monkeypatch.setenv("ON_SLURM", "yes")
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "1024")
+    assert this_node.usable_memory(tmp_path) == 2
+
+
+def test_the_memory_of_trials_bounds_them_as_cpus_do_and_the_log_says_so():
+    node = "look_at_node() { CPUS=32 GPUS=0 Gw=0 MEMORY=16 NODE=node; }; measure_node; echo ${OFFER[*]}"
+    settings = {"WORKERS_PER_TRIAL": "2", "CPUS_PER_WORKER": "1", "PATH": f"{REPO}/.venv/bin:{os.environ['PATH']}"}
+    _, (line, offer) = shell(node, PARAMETERS="50000000", **settings)
+    assert line.endswith("this node: node, 4 trial(s) at once, for one takes 2*1.7 of 15 GiB (MEMORY_PER_WORKER)")
+    assert offer == '--num-cpus=8 --num-gpus=0 --resources={"trial_slot": 4}'
+    status, (error,) = shell(f"on_slurm() {{ true; }}; {node}", MEMORY_PER_WORKER="9", **settings)
+    assert status == 1 and "no trial fits on this node" in error and "2*9 of 15 GiB" in error
+
+
+@pytest.mark.parametrize("limit, command, said", [
+    (["unshare", "--mount", "bash", "-c", 'mount -t tmpfs -o size=9m none /tmp; "$@"', ""], "own_folder",
+     "ERROR: /tmp of .* has no room for 20 MB; remove what is yours there, or ask your site"),
+    (["prlimit", "--as=9000000000"], "likely_cause; echo",
+     "; a process may have 8583 MB of addresses only: ulimit -v unlimited, or ask your site"),
+])  # fmt: skip
+def test_a_limit_that_no_program_names_is_named(limit, command, said):
+    path = f"{REPO}/.venv/bin:{os.environ['PATH']}"
+    _, (line,) = shell(command, within=limit, PATH=path, NODE_ADDRESS="127.0.0.1")
+    assert re.fullmatch(said, line)
 
 
 def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, demo):
@@ -339,12 +370,16 @@ def test_near_its_time_limit_a_run_says_so_and_how_to_continue(tmp_path, state, 
     assert f"continue with: RESUME=runs/{tmp_path.name} sbatch {HEAD}" in lines[-1]
 
 
-def test_a_worker_that_joins_is_announced_once(tmp_path):
-    words = '20 CPUs, 8 GPUs (NVIDIA "A100"), bf16'
-    _, lines = head(tmp_path, f"publish joined-5 <<<'n1 20 8 4 {words}'; announce_workers; announce_workers")
+def test_a_worker_that_joins_is_announced_once_and_waited_for_at_the_end(tmp_path):
+    """Also in a folder whose name is a pattern."""
+    words, folder = '20 CPUs, 8 GPUs (NVIDIA "A100"), bf16', tmp_path / "[1]"
+    folder.mkdir()
+    leaves = "(sleep 1; rm $HEAD_DIR/joined-5) & release_workers 9; jobs -r"
+    _, lines = head(folder, f"publish joined-5 <<<'n1 20 8 4 {words}'; announce_workers; announce_workers; {leaves}",
+                    squeue="exit 0", scancel="", scontrol="exit 1")  # fmt: skip
     assert lines == [f"worker 1/1 joined: job 5 on n1, {words}, 4 trial(s) at once"]
     fields = {"job": "5", "node": "n1", "cpus": 20, "gpus": 8, "precision": "bf16", "slots": 4, "words": words}
-    (joined,) = events_of(tmp_path, "worker_joined")
+    (joined,) = events_of(folder, "worker_joined")
     assert joined == joined | fields
 
 
