@@ -18,10 +18,9 @@ from types import ModuleType, SimpleNamespace
 
 import psutil
 import pytest
-from conftest import SCRIPT, address_of, end_ray, one_slot, start_ray, wait_for
+from conftest import SCRIPT, address_of, command_of, end_ray, one_slot, start_ray, wait_for
 
 ROOT = f"/tmp/ray_warm_{os.getpid()}"
-MARK = f"WARM_TEST={os.getpid()}"
 ENVIRON = os.environ | {
     "RAY_AUTH_MODE": "disabled",
     "WARM_TEST": str(os.getpid()),
@@ -34,34 +33,24 @@ ENVIRON = os.environ | {
 }
 
 
-def marked(mark=MARK):
-    """Command lines of the processes of this file's Rays and drivers, by pid."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            alive = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-            if alive and mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found[int(folder.name)] = command
-    found.pop(os.getpid(), None)
-    return found
+def marked():
+    """Command lines of the processes of this file's Ray and drivers, by pid."""
+    every = [process.info for process in psutil.process_iter(["pid", "cmdline", "environ", "status"])]
+    return {each["pid"]: " ".join(each["cmdline"] or []) for each in every if each["status"] != psutil.STATUS_ZOMBIE
+            and (each["environ"] or {}).get("WARM_TEST") == ENVIRON["WARM_TEST"]}  # fmt: skip
 
 
-def of_trials(mark=MARK):
-    """The processes of trials, by pid: actors (their titles overwrite their environment), so children of a raylet."""
-    raylets = {pid for pid, command in marked(mark).items() if "/raylet/raylet " in command}
-    actors = {}
-    for process in psutil.process_iter(["ppid", "cmdline"]):
-        command = " ".join(process.info["cmdline"] or [])
-        if process.info["ppid"] in raylets and command.startswith(("ray::TrainingProcess", "ray::ResourceTrainable")):
-            actors[process.pid] = command
-    return actors
+def of_trials():
+    """Pids of the trials' processes: actors (their titles overwrite their environment), so children of the raylet."""
+    (raylet,) = (pid for pid, command in marked().items() if "/raylet/raylet " in command)
+    actors = ("ray::TrainingProcess", "ray::ResourceTrainable")
+    return [each.pid for each in psutil.Process(raylet).children() if command_of(each.pid).startswith(actors)]
 
 
 @pytest.fixture(scope="module")
 def address():
-    """A private Ray with room for one trial at a time."""
-    head = start_ray(*one_slot(), f"--temp-dir={ROOT}", log=f"{ROOT}.log", environ=ENVIRON)
+    """A private Ray with room for one trial at a time, and twelve claimed GPUs."""
+    head = start_ray(*one_slot(), "--num-gpus=12", f"--temp-dir={ROOT}", log=f"{ROOT}.log", environ=ENVIRON)
     try:
         yield address_of(ROOT)
     finally:
@@ -82,29 +71,23 @@ def driver_of(address, folder, script, **settings):
         return subprocess.Popen(command, env=ENVIRON, stdout=log, stderr=log)
 
 
-def ended(driver, folder):
-    """Waits for a driver. -> a dict for each trial, in order"""
+def run(address, folder, script, **settings):
+    """A search to its end. -> a dict for each trial, in order"""
+    driver = driver_of(address, folder, script, **settings)
     try:
         status = driver.wait(900)
     finally:
         driver.kill()
     assert status == 0, (folder / "log.txt").read_text()[-4000:]
-    try:
-        wait_for(lambda: not of_trials(), 20, "the run's processes to end")
-    except AssertionError:
-        raise AssertionError(of_trials()) from None
+    wait_for(lambda: not of_trials(), 20, "the run's processes to end")
     return json.loads((folder / "trials.json").read_text())
-
-
-def run(address, folder, script, **settings):
-    return ended(driver_of(address, folder, script, **settings), folder)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # In the driver
 # ----------------------------------------------------------------------------------------------------------
-def drive(address, folder, script, *, w=1, light=True, kept=False, epochs=2, demo=None, others_gpus=0):
-    """The script's trials one after another: Tune, fast_trials and, if asked for, run_state.
+def drive(address, folder, script, *, w=1, light=True, demo=None, others_gpus=0):
+    """The script's trials one after another, by Tune and fast_trials.
 
     others_gpus: how many of the claimed GPUs somebody else holds; then each process gets one of the others."""
     import fast_trials
@@ -112,7 +95,7 @@ def drive(address, folder, script, *, w=1, light=True, kept=False, epochs=2, dem
     import raytune_asha_hpo as hpo
     from ray import tune
 
-    variables = {"NUM_EPOCHS": epochs, "TRAIN_SAMPLES": 8, "EVAL_SAMPLES": 4, "WORKERS_PER_TRIAL": w,
+    variables = {"NUM_EPOCHS": 2, "TRAIN_SAMPLES": 8, "EVAL_SAMPLES": 4, "WORKERS_PER_TRIAL": w,
                  "CPUS_PER_WORKER": 1, "NUM_SAMPLES": len(script)}  # fmt: skip
     variables |= {"MODEL_NAME": f"{demo}/model", "SQUAD_DATA": f"{demo}/squad"}
     s = hpo.read_settings({name: str(value) for name, value in variables.items()})
@@ -122,7 +105,7 @@ def drive(address, folder, script, *, w=1, light=True, kept=False, epochs=2, dem
     other = ray.remote(num_cpus=0, num_gpus=others_gpus)(SimpleNamespace)
     others = [other.remote()] if others_gpus else []
     ray.get([one.__ray_ready__.remote() for one in others])
-    space, make_tuner = {"train_loop_config": tune.grid_search(script)}, tune.Tuner
+    space = {"train_loop_config": tune.grid_search(script)}
     tune_config = tune.TuneConfig(trial_dirname_creator=lambda trial: trial.trial_id)
     ends = lambda trial_id, result: not math.isfinite(result["eval_loss"]) or result["epoch"] >= result["until"]
     run_config = tune.RunConfig(name="tune", storage_path=str(folder), stop=ends, callbacks=[], verbose=0)
@@ -132,32 +115,14 @@ def drive(address, folder, script, *, w=1, light=True, kept=False, epochs=2, dem
     fast_trials.TRIAL = hurt_trial(light)
     loop = pretend if light else train
     trial = fast_trials.warm(loop, s, ray.put(rows), scaling, folder, tune_config, run_config)
-    if kept:
-        import run_state
-
-        make_tuner = run_state.attach(s, folder, tune_config, run_config)
-
-    class Times(tune.Callback):
-        def on_trial_start(self, trial, **info):
-            begun[trial.trial_id] = time.time()
-
-        def on_trial_error(self, trial, **info):
-            ended[trial.trial_id] = time.time()
-
-        on_trial_complete = on_trial_error
-
-        def on_trial_recover(self, trial, **info):
-            lost.append(trial.trial_id)
-
-    begun, ended, lost, trials = {}, {}, [], []
-    run_config.callbacks.append(Times())
-    for result in make_tuner(trial, param_space=space, tune_config=tune_config, run_config=run_config).fit():
-        name, saved = Path(result.path).name, Path(result.path, "result.json")
-        rows = [json.loads(line) for line in saved.read_text().splitlines()] if saved.exists() else []
+    trials = []
+    for result in tune.Tuner(trial, param_space=space, tune_config=tune_config, run_config=run_config).fit():
+        files = {file.name: file for file in Path(result.path).iterdir()}
+        rows = files["result.json"].read_text().splitlines() if "result.json" in files else []
         found = {"losses": "eval_loss", "states": "process", "trial": "trial", "seen": "seen"}
-        trials.append({what: [row.get(key) for row in rows] for what, key in found.items()} | {
-            "error": Path(result.path, "error.txt").read_text() if result.error else None,
-            "seconds": ended[name] - begun[name], "lost": lost.count(name)})
+        written = [file.stat().st_mtime for file in files.values()]  # the first ones when the trial starts
+        trials.append({what: [json.loads(row).get(key) for row in rows] for what, key in found.items()} | {
+            "error": files["error.txt"].read_text() if result.error else None, "seconds": max(written) - min(written)})
     (folder / "trials.json").write_text(json.dumps(trials))
 
 
@@ -216,13 +181,13 @@ def hurt_trial(light):
     return HurtTrial
 
 
-def fail(how, flag=None):
+def fail(how):
     """What can go wrong in a training."""
     if how == "value":
         raise ValueError("made to fail")
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    while how == "hold" and not Path(flag).exists():
+    while how == "hold":
         time.sleep(0.1)
 
 
@@ -240,7 +205,7 @@ def prepared(config):
             if fault["how"] == "nan":
                 metrics["eval_loss"] = math.nan
             else:
-                fail(**{name: fault[name] for name in fault if name in ("how", "flag")})
+                fail(fault["how"])
         report(metrics | {"until": until, "process": state()})
 
     return words, new_report
@@ -306,76 +271,37 @@ def pids(trial):
     return {state["pid"] for state in trial["states"]}
 
 
-@pytest.fixture(scope="module")
-def faults(address, tmp_path_factory):
-    """A run of trials that fail, each in its own way, between others that do not. -> {what: trial}
-
-    Each new pair of processes takes seconds. What else can fail, in one process: test_faults.py.
-    """
-    script = {
-        "good": {},
-        "stopped": {"until": 1},
-        "value": {"fault": {"how": "value", "rank": 1, "epoch": 2}},
-        "kill 1": {"fault": {"how": "kill", "rank": 1, "epoch": 2}},
-        "dies as it imports": {"start": {"at": "prepare", "how": "exit", "rank": 1}},
-        "cannot import": {"start": {"at": "prepare", "how": "raise", "rank": 1}},
-        "dies as it joins 0": {"start": {"at": "join", "how": "exit", "rank": 0}},
-        "dies as it joins 1": {"start": {"at": "join", "how": "exit", "rank": 1}},
-        "fewer epochs": {"num_train_epochs": 1},
-        "no report": {"num_train_epochs": 0},
-        "unwinds badly": {"until": 1, "unwind": "value"},
-        "last": {},
-    }
-    numbered = [{"lr": float(i)} | words for i, words in enumerate(script.values())]
-    trials = run(address, tmp_path_factory.mktemp("faults"), numbered, w=2)
-    return dict(zip(script, trials, strict=True))
-
-
-CAUSES = {
-    "value": "ValueError: made to fail",
-    "kill 1": "RuntimeError: training worker 1 died",
-    "dies as it imports": "RuntimeError: training worker 1 died",
-    "cannot import": "ImportError: made to fail in prepare",
-    "dies as it joins 0": "RuntimeError: training worker 0 died",
-    "dies as it joins 1": "RuntimeError: training worker 1 died",
-    "no report": "RuntimeError: the training ended without a report",
+DIED = "RuntimeError: training worker {} died"
+FAULTS = {  # trial: what goes wrong in it, how many reports arrive, its error
+    "good": ({}, 2, None),
+    "stopped": ({"until": 1}, 1, None),
+    "value": ({"fault": {"how": "value", "rank": 1, "epoch": 2}}, 1, "ValueError: made to fail"),
+    "kill 1": ({"fault": {"how": "kill", "rank": 1, "epoch": 2}}, 1, DIED.format(1)),
+    "dies as it imports": ({"start": {"at": "prepare", "how": "exit", "rank": 1}}, 0, DIED.format(1)),
+    "cannot import": ({"start": {"at": "prepare", "how": "raise", "rank": 1}}, 0, "ImportError: made to fail in prep"),
+    "dies as it joins 0": ({"start": {"at": "join", "how": "exit", "rank": 0}}, 0, DIED.format(0)),
+    "dies as it joins 1": ({"start": {"at": "join", "how": "exit", "rank": 1}}, 0, DIED.format(1)),
+    "fewer epochs": ({"num_train_epochs": 1}, 1, None),
+    "no report": ({"num_train_epochs": 0}, 0, "RuntimeError: the training ended without a report"),
+    "unwinds badly": ({"until": 1, "unwind": "value"}, 1, None),
+    "last": ({}, 2, None),
 }
 
 
-def test_each_failed_trial_tells_its_own_cause_and_no_other_trial_fails(faults):
-    assert {what for what, trial in faults.items() if trial["error"]} == set(CAUSES)
-    for what, cause in CAUSES.items():
-        assert cause in faults[what]["error"].strip().splitlines()[-1], (what, faults[what]["error"])
-
-
-def test_no_trial_hangs(faults):
-    seconds = {what: trial["seconds"] for what, trial in faults.items()}
-    assert max(seconds.values()) < 60, seconds
-
-
-def test_losses_are_those_of_the_draw_whatever_went_before(faults):
-    for number, (what, trial) in enumerate(faults.items()):
-        full = [number + 1.0, number + 0.5]
-        if what in ("good", "last"):
-            assert trial["losses"] == full
-        elif faults[what]["states"]:
-            assert trial["losses"] == full[:1], what
-        else:
-            assert what.startswith(("dies as it", "cannot", "no report")), what
-
-
-def test_processes_are_kept_after_a_good_trial_and_replaced_after_a_bad_one(faults):
-    assert pids(faults["good"]) == pids(faults["stopped"]) == pids(faults["value"])
-    slots = [pids(faults[what]) for what in ("value", "kill 1", "fewer epochs", "unwinds badly", "last")]
-    assert len(set.union(*slots)) == sum(map(len, slots)) == len(slots)
-
-
-def test_a_trial_of_fewer_epochs_reports_each_once(faults):
-    assert len(faults["fewer epochs"]["states"]) == 1
-
-
-def test_the_trials_own_process_does_without_torch(faults):
-    assert not any(row["torch"] for trial in faults.values() for row in trial["trial"])
+def test_each_trial_that_fails_tells_its_own_cause_and_no_other_trial_notices(address, tmp_path):
+    """In one run. Each new pair of processes takes seconds. What else can fail, in one process: test_faults.py."""
+    numbered = [{"lr": float(i)} | words for i, (words, *_) in enumerate(FAULTS.values())]
+    trials = dict(zip(FAULTS, run(address, tmp_path, numbered, w=2), strict=True))
+    for number, (what, (_, reports, error)) in enumerate(FAULTS.items()):
+        trial = trials[what]
+        assert trial["losses"] == [number + 1.0, number + 0.5][:reports], what  # those of the draw
+        assert bool(trial["error"]) == bool(error), (what, trial["error"])
+        assert not error or error in trial["error"].strip().splitlines()[-1], trial["error"]
+        assert trial["seconds"] < 60, what
+        assert not any(row["torch"] for row in trial["trial"])  # its own process does without
+    assert pids(trials["good"]) == pids(trials["stopped"]) == pids(trials["value"])  # kept after a good trial
+    slots = [pids(trials[what]) for what in ("value", "kill 1", "fewer epochs", "unwinds badly", "last")]
+    assert len(set.union(*slots)) == sum(map(len, slots)) == len(slots)  # replaced after a bad one
 
 
 A = {"lr": 1e-3, "per_device_bs": 2, "wd": 0.0, "stage": 2}
@@ -424,66 +350,22 @@ def test_losses_of_two_processes_and_a_kill_in_mid_training(address, demo, tmp_p
     assert "training worker 1 died" in trials[3]["error"].strip().splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
-def second_node(address):
-    """Another node, with room for two trials and twelve claimed GPUs. -> the mark of its processes"""
-    root = f"{ROOT}b"
-    mark, slots = f"WARM_NODE={root}", ("--num-cpus=4", "--num-gpus=12", '--resources={"trial_slot": 2}')
-    node = start_ray(f"--address={address}", *slots, f"--temp-dir={root}", log=f"{root}.log",
-                     environ=ENVIRON | {"WARM_NODE": root})  # fmt: skip
-    try:
-        wait_for(lambda: "Ray runtime started" in Path(f"{root}.log").read_text(), 90, "the node")
-        yield mark
-    finally:
-        end_ray(node)
-        for pid in marked(mark):
-            os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(root, ignore_errors=True)
-        os.unlink(f"{root}.log")
-
-
-def test_each_process_has_a_gpu_of_its_own_before_it_imports_anything_and_ends_with_a_killed_driver(
-        address, second_node, tmp_path):
-    """Eight GPUs are another's: two trials at once get 8 to 11, whose order as text is another."""
-    holding = [{"lr": float(i), "fault": {"how": "hold", "epoch": 2, "flag": str(tmp_path / "never")}} for i in (1, 2)]
-    driver = driver_of(address, tmp_path, holding, w=2, others_gpus=8)
+def test_each_process_has_a_gpu_of_its_own_before_it_imports_anything_and_ends_with_a_killed_driver(address, tmp_path):
+    """Eight GPUs are another's: the four processes of a trial get 8 to 11, whose order as text is another."""
+    driver = driver_of(address, tmp_path, [{"lr": 1.0, "fault": {"how": "hold", "epoch": 2}}], w=4, others_gpus=8)
     reported = lambda: [text for file in tmp_path.glob("tune/*/result.json") if (text := file.read_text())]
-    try:  # the processes of rank 0 hold in their second report, those of rank 1 have handed over theirs
-        wait_for(lambda: len(reported()) == 2, 180, "both trials to train")
-        assert len(of_trials()) == 6
+    try:  # rank 0 holds in its second report, the others have handed over theirs
+        (text,) = wait_for(reported, 180, "the trial to train")
+        assert len(of_trials()) == 5
     finally:
         driver.kill()
         driver.wait()
     wait_for(lambda: not of_trials(), 20, "the processes to end with their driver")
-    processes = [process for text in reported() for process in json.loads(text)["seen"]]
+    processes = json.loads(text)["seen"]
     assert sorted(gpu for _, now in processes for gpu in now[0]) == [8, 9, 10, 11]
     for before, now in processes:
         (gpu,) = now[0]
         assert before == [[gpu], str(gpu), "0", None] and now == [[gpu], str(gpu), "0", False]
-
-
-def test_trials_whose_node_is_lost_start_again_on_another(address, second_node, tmp_path):
-    """Three trials hold, two on one node; all of its processes get TERM, then the trials may go on."""
-    flag = tmp_path / "go on"
-    holding = [{"lr": float(i), "fault": {"how": "hold", "flag": str(flag)}} for i in range(3)]
-    driver = driver_of(address, tmp_path, holding, kept=True)
-    try:
-        training = lambda *mark: sum("next_report" in command for command in of_trials(*mark).values())
-        wait_for(lambda: training() == 3, 180, "all trials to train")
-        there = of_trials(second_node)
-        assert training(second_node) == 2
-        for pid in marked(second_node) | there:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        wait_for(lambda: not any(map(psutil.pid_exists, there)), 30, "the lost node's trials to end")
-        flag.touch()
-        trials = ended(driver, tmp_path)
-    finally:
-        driver.kill()
-    assert [trial["error"] for trial in trials] == [None] * 3
-    assert sorted(trial["lost"] for trial in trials) == [0, 1, 1]
-    # In any order: the lost ones may come last.
-    assert sorted(trial["losses"][-2:] for trial in trials) == [[i + 1.0, i + 0.5] for i in range(3)]
 
 
 if __name__ == "__main__":
