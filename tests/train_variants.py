@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc_per_node=2 train_variants.py MODEL SQUAD FOLDER TRAINING...
 
-FOLDER: if not empty, for the checkpoints of train_from_checkpoint.py, whose trainings then come first.
+FOLDER: if not empty, for the checkpoints of trainings that start from another one's, as those of PBT's trials do. They
+come first.
 TRAINING: a JSON dict of hyperparameters. Its key "engine", if any, is "none" (training without DeepSpeed), a ZeRO stage
 instead of the shipped one, or "no zero" (a ds_config.json that does not speak of ZeRO). Those with "none" come first:
 accelerate cannot switch back from DeepSpeed. Its keys "precision" and "model" stand for PRECISION and MODEL_NAME. CPUs
@@ -15,14 +16,28 @@ import sys
 from pathlib import Path
 
 import deepspeed
-from conftest import SCRIPT, load_module
+import ray
+import raytune_pbt_hpo as pbt
 from deepspeed.accelerator import get_accelerator
 from transformers import TrainerCallback
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 type(get_accelerator()).is_fp16_supported = lambda self: True
-hpo = load_module(SCRIPT)
-SHIPPED = json.loads(hpo.DS_CONFIG.read_text())
+ray.get, ray.get_gpu_ids = lambda data: data, list  # there is no Ray here
+hpo, fine_tune = pbt.lesson, pbt.lesson.fine_tune
+SHIPPED = hpo.DS_CONFIG
+DONOR = {"lr": 1e-2, "per_device_bs": 2, "wd": 0.0, "adam_beta2": 0.9}
+OTHER = {"lr": 4e-2, "wd": 0.5, "adam_beta2": 0.8, "adam_epsilon": 1e-6}
+VARIANTS = {"donor": {}, "same": {}, "still": {"lr": 1e-12}, "other": OTHER}
+
+
+def sum_of(model):
+    """That of the absolute values of all weights; with ZeRO-3 they are gathered first."""
+    total = 0.0
+    for parameter in model.parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            total += parameter.detach().double().abs().sum().item()
+    return total
 
 
 class Watch(TrainerCallback):
@@ -39,31 +54,59 @@ class Watch(TrainerCallback):
         self.seen["epoch"] = state.epoch
 
     def on_train_end(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
-        total = 0.0  # of the absolute values of all weights; with ZeRO-3 they are gathered first
-        for parameter in model.parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                total += parameter.detach().double().abs().sum().item()
         self.seen |= {"skipped": state.global_step - lr_scheduler.last_epoch, "steps": state.global_step}
-        self.seen |= {"weights": total, "optimizer": type(optimizer.optimizer).__name__}
+        self.seen |= {"weights": sum_of(model), "optimizer": type(optimizer.optimizer).__name__}
+
+
+class WatchStart(TrainerCallback):
+    """The optimizer's settings at the first step, the weights that it then has, and the rate of the last step."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_step_begin(self, args, state, control, optimizer=None, model=None, **kwargs):
+        self.seen["last"] = optimizer.param_groups[0]["lr"]
+        if len(self.seen) == 1:
+            keys = ("lr", "weight_decay", "betas", "eps")
+            self.seen["groups"] = [{key: group[key] for key in keys} for group in optimizer.param_groups]
+            self.seen |= {"weights": sum_of(model), "step": state.global_step, "optimizer": type(optimizer).__name__}
+
+
+def settings_of(epochs):
+    small = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": str(epochs)}
+    return hpo.read_settings({"MODEL_NAME": model, "SQUAD_DATA": squad} | small)
+
+
+def from_a_checkpoint():
+    """{engine: {variant: what was seen}}. The checkpoints are in the folder."""
+    found = {}
+    for engine, hpo.DS_CONFIG in {"none": None, "deepspeed": SHIPPED}.items():  # accelerate knows no way back
+        found[engine], start = {}, None
+        for name, changes in VARIANTS.items():
+            watch, reports = WatchStart(), []
+            hpo.fine_tune = lambda *training, watch=watch: fine_tune(*training[:4], [*training[4], watch])
+            pbt.train.report = reports.append
+            config = DONOR | changes | {"settings": settings_of(4), "data": rows}
+            pbt.train_loop_per_worker(config, f"{folder}/{engine}-{name}", start)
+            found[engine][name] = watch.seen | {"losses": [report["eval_loss"] for report in reports]}
+            start = start or reports[1]["checkpoint"]  # the donor's, after epoch 2
+    return found
 
 
 model, squad, folder, *trainings = sys.argv[1:]
-small = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "11", "NUM_EPOCHS": "1"}
-settings = hpo.read_settings({"MODEL_NAME": model, "SQUAD_DATA": squad} | small)
-rows, results, written = hpo.load_squad(settings), [], Path(f"{sys.argv[0]}.{os.getpid()}.json")
-if folder:
-    import train_from_checkpoint
-
-    results.append(train_from_checkpoint.results(model, squad, folder))
+settings = settings_of(1)
+rows, written = hpo.load_squad(settings), Path(f"{sys.argv[0]}.{os.getpid()}.json")
+results = [from_a_checkpoint()] if folder else []
+shipped = json.loads(SHIPPED.read_text())
 for training in map(json.loads, trainings):
     stage, watch = training.pop("engine", 2), Watch()
     settings.PRECISION, settings.MODEL_NAME = training.pop("precision", "auto"), training.pop("model", model)
-    config = SHIPPED | {"zero_optimization": SHIPPED["zero_optimization"] | {"stage": stage}}
+    config = shipped | {"zero_optimization": shipped["zero_optimization"] | {"stage": stage}}
     if stage == "no zero":
         del config["zero_optimization"]
     written.write_text(json.dumps(config))
     hpo.DS_CONFIG = None if stage == "none" else written
-    hpo.fine_tune(training, settings, *rows, callbacks=[watch])
+    fine_tune(training, settings, *rows, callbacks=[watch])
     results.append(watch.seen)
 written.unlink()
 if os.environ["RANK"] == "0":
