@@ -167,16 +167,6 @@ def hurt_trial(light):
     return HurtTrial
 
 
-def fail(how):
-    """What can go wrong in a training."""
-    if how == "value":
-        raise ValueError("made to fail")
-    if how == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    while how == "hold":
-        time.sleep(0.1)
-
-
 def prepared(config):
     """The script's words out of a configuration, and a report that does as they say."""
     from ray import train as ray_train
@@ -190,8 +180,12 @@ def prepared(config):
         if fault and rank == fault.get("rank", 0) and metrics["epoch"] == fault.get("epoch", 1):
             if fault["how"] == "nan":
                 metrics["eval_loss"] = math.nan
-            else:
-                fail(fault["how"])
+            elif fault["how"] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif fault["how"] == "value":
+                raise ValueError("made to fail")
+            while fault["how"] == "hold":
+                time.sleep(0.1)
         report(metrics | {"until": until, "process": state()})
 
     return words, new_report
@@ -231,7 +225,7 @@ def pretend(config):
             report({"eval_loss": config["lr"] + 1 / epoch, "epoch": float(epoch), "seen": seen})
     finally:
         if words["unwind"]:
-            fail(words["unwind"])
+            raise ValueError("made to fail")
 
 
 def train(config):
@@ -265,7 +259,7 @@ FAULTS = {  # trial: what goes wrong in it, how many reports arrive, its error
     "dies as it joins 1": ({"start": {"at": "join", "how": "exit", "rank": 1}}, 0, DIED.format(1)),
     "fewer epochs": ({"num_train_epochs": 1}, 1, None),
     "no report": ({"num_train_epochs": 0}, 0, "RuntimeError: the training ended without a report"),
-    "unwinds badly": ({"until": 1, "unwind": "value"}, 1, None),
+    "unwinds badly": ({"until": 1, "unwind": True}, 1, None),
     "last": ({}, 2, None),
 }
 

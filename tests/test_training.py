@@ -133,16 +133,16 @@ def test_each_precision_learns_the_same_and_loses_no_step(one):
 
 def test_a_training_goes_on_from_anothers_weights_with_its_own_hyperparameters(two):
     every = two["from a checkpoint"]
-    optimizers = {every[engine]["donor"]["optimizer"] for engine in every}
+    optimizers = {every[engine]["donor"]["by"] for engine in every}
     assert optimizers == {"AcceleratedOptimizer", "DeepSpeedOptimizerWrapper"}
     for results in every.values():
         donor, same, still, other = (results[name] for name in ("donor", "same", "still", "other"))
-        assert donor["step"] == 0
-        assert same["step"] == still["step"] == other["step"] == 8  # two of four epochs, 4 steps each
-        assert same["weights"] == still["weights"] == other["weights"] != donor["weights"]
-        assert same["losses"] == donor["losses"][2:]  # as if it had not been interrupted
-        assert still["losses"] == [donor["losses"][1]] * 2  # the donor's weights, and a rate of nothing
-        assert other["losses"][0] != donor["losses"][2]
+        assert donor["from"] == 0
+        assert same["from"] == still["from"] == other["from"] == 8  # two of four epochs, 4 steps each
+        assert same["first weights"] == still["first weights"] == other["first weights"] != donor["first weights"]
+        assert same["eval_loss"] == donor["eval_loss"][2:]  # as if it had not been interrupted
+        assert still["eval_loss"] == [donor["eval_loss"][1]] * 2  # the donor's weights, and a rate of nothing
+        assert other["eval_loss"][0] != donor["eval_loss"][2]
         decay, none = other["groups"]  # half of the schedule is over, so half of the rate is left
         assert decay["lr"] == none["lr"] == pytest.approx(4e-2 / 2)
         assert decay["betas"] == none["betas"] == [0.9, 0.8] and decay["eps"] == none["eps"] == 1e-6

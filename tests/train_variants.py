@@ -41,13 +41,18 @@ def sum_of(model):
 
 
 class Watch(TrainerCallback):
-    """The losses, and what is there at the end of the training."""
+    """The losses, and what is there at the first step and at the end of the training."""
 
     def __init__(self):
         self.seen = {"eval_loss": []}
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.seen["computes in"] = str(next(model.parameters()).dtype)
+        self.seen["last"] = optimizer.param_groups[0]["lr"]
+        if "first weights" not in self.seen:
+            keys = ("lr", "weight_decay", "betas", "eps")
+            self.seen["groups"] = [{key: group[key] for key in keys} for group in optimizer.param_groups]
+            self.seen |= {"first weights": sum_of(model), "from": state.global_step, "by": type(optimizer).__name__}
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self.seen["eval_loss"].append(metrics["eval_answer_loss"])
@@ -56,20 +61,6 @@ class Watch(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
         self.seen |= {"skipped": state.global_step - lr_scheduler.last_epoch, "steps": state.global_step}
         self.seen |= {"weights": sum_of(model), "optimizer": type(optimizer.optimizer).__name__}
-
-
-class WatchStart(TrainerCallback):
-    """The optimizer's settings at the first step, the weights that it then has, and the rate of the last step."""
-
-    def __init__(self):
-        self.seen = {}
-
-    def on_step_begin(self, args, state, control, optimizer=None, model=None, **kwargs):
-        self.seen["last"] = optimizer.param_groups[0]["lr"]
-        if len(self.seen) == 1:
-            keys = ("lr", "weight_decay", "betas", "eps")
-            self.seen["groups"] = [{key: group[key] for key in keys} for group in optimizer.param_groups]
-            self.seen |= {"weights": sum_of(model), "step": state.global_step, "optimizer": type(optimizer).__name__}
 
 
 def settings_of(epochs):
@@ -83,12 +74,12 @@ def from_a_checkpoint():
     for engine, hpo.DS_CONFIG in {"none": None, "deepspeed": SHIPPED}.items():  # accelerate knows no way back
         found[engine], start = {}, None
         for name, changes in VARIANTS.items():
-            watch, reports = WatchStart(), []
+            watch, reports = Watch(), []
             hpo.fine_tune = lambda *training, watch=watch: fine_tune(*training[:4], [*training[4], watch])
             pbt.train.report = reports.append
             config = DONOR | changes | {"settings": settings_of(4), "data": rows}
             pbt.train_loop_per_worker(config, f"{folder}/{engine}-{name}", start)
-            found[engine][name] = watch.seen | {"losses": [report["eval_loss"] for report in reports]}
+            found[engine][name] = watch.seen | {"eval_loss": [report["eval_loss"] for report in reports]}
             start = start or reports[1]["checkpoint"]  # the donor's, after epoch 2
     return found
 
