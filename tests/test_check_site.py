@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import EXERCISE, HEAD, REPO, wait_for
+from conftest import EXERCISE, HEAD, REPO, replace, wait_for
 
 ASHA = EXERCISE.relative_to(REPO)
 WORKER = "worker_node_raytune_asha_hpo.slurm"
@@ -45,12 +45,6 @@ def one_check(site, before, command, **variables):
     text = f'source scripts/check_site.sh; RUN_DIR=$PWD/runs; mkdir "$RUN_DIR"; {before or ":"}; {command}; end_owned'
     shell = MOUNTS if "mount" in before else ("bash", "-c")
     return "\n".join(check(site, command=[*shell, text], **variables)[1])
-
-
-def edit(path, old, new):
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
 
 
 def quick(site, at_first=""):
@@ -146,13 +140,6 @@ STATES = [  # check, what is done before it, what it must say
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("command, before, said", STATES, ids=lambda text: text[:50])
-def test_a_check_fails(site, inputs, command, before, said):
-    if command != "check_packages":
-        before = f"choose_python; {before or ':'}"
-    assert re.search(said, one_check(site, before, command, **inputs), re.DOTALL)
-
-
 NODES = "scontrol update PartitionName=batch"
 JOB_FILE = f"FAILED +login +{HEAD}: "
 ON_SLURM = [  # check, what is done before it, what it must say
@@ -177,9 +164,11 @@ ON_SLURM = [  # check, what is done before it, what it must say
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("command, before, said", ON_SLURM, ids=lambda text: text[:50])
-def test_a_check_of_slurm_fails(site, slurm, command, before, said):
-    assert re.search(said, one_check(site, before, command, **slurm), re.DOTALL)
+@pytest.mark.parametrize("command, before, said", STATES + ON_SLURM, ids=lambda text: text[:50])
+def test_a_check_fails(site, slurm, inputs, command, before, said):
+    if command != "check_packages":
+        before = f"choose_python; {before or ':'}"
+    assert re.search(said, one_check(site, before, command, **slurm | inputs), re.DOTALL)
 
 
 # ---- The two jobs can fail ---------------------------------------------------------------------------------
@@ -215,7 +204,7 @@ ENDS = '[[ -z ${SLURM_JOB_ID:-} ]] || { echo "no such module"; exit 1; }'
 ])  # fmt: skip
 def test_a_job_that_does_not_start(site, slurm, at_first, command, said):
     quick(site, at_first)
-    edit(site / "scripts/check_site.sh", "patiently $((WAIT * 60)) ", "patiently 5 ")
+    replace(site / "scripts/check_site.sh", ("patiently $((WAIT * 60)) ", "patiently 5 "))
     _, lines = check(site, command=[*MOUNTS, command], **slurm)
     assert lines[-1].endswith(" 1 FAILED") and any(re.match(f"FAILED +login +{said}", line) for line in lines)
     assert nothing_left(site, slurm)

@@ -18,17 +18,15 @@ def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def questions(folder, split):
-    """(context, question, answer, answer_start, id) for each question of a file."""
-    document = json.loads((folder / f"squad/{split}-v1.1.json").read_text(encoding="utf-8"))
-    assert document["version"] == "1.1" and all(page["title"] for page in document["data"])
-    paragraphs = [paragraph for page in document["data"] for paragraph in page["paragraphs"]]
-    return [(each["context"], qa["question"], qa["answers"][0]["text"], qa["answers"][0]["answer_start"], qa["id"])
-            for each in paragraphs for qa in each["qas"]]  # fmt: skip
-
-
 def test_data_are_valid_squad_without_overlap(demo):
-    train, dev = questions(demo, "train"), questions(demo, "dev")
+    rows = {}
+    for split in ("train", "dev"):
+        document = json.loads((demo / f"squad/{split}-v1.1.json").read_text(encoding="utf-8"))
+        assert document["version"] == "1.1" and all(page["title"] for page in document["data"])
+        paragraphs = [paragraph for page in document["data"] for paragraph in page["paragraphs"]]
+        rows[split] = [(each["context"], qa["question"], qa["answers"][0]["text"], qa["answers"][0]["answer_start"],
+                        qa["id"]) for each in paragraphs for qa in each["qas"]]  # fmt: skip
+    train, dev = rows.values()
     assert len(train) == 1000 and len(dev) == 100
     for context, question, answer, start, _ in train + dev:
         assert context[start : start + len(answer)] == answer

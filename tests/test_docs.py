@@ -1,16 +1,13 @@
 """The documents say what is there: links, paths, commands with their options, variables, computed numbers."""
 
 import functools
-import json
 import re
 import shlex
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-from conftest import EXERCISE, REPO
+from conftest import EXERCISE, REPO, call, load_module
 
 README, EXERCISE_README = REPO / "README.md", EXERCISE / "README.md"
 MADE_LATER = {  # named in the documents; the code, Slurm or the user makes them
@@ -123,51 +120,28 @@ def commands(document):
 
 
 ALL_COMMANDS = [(document, *command) for document in DOCUMENTS for command in commands(document)]
-HELP_OF_ALL = """
-import contextlib, io, json, os, runpy, sys
-found = {}
-for tool in sys.argv[1:]:
-    sys.argv, sys.path[0], said, status = [tool, "--help"], os.path.dirname(tool), io.StringIO(), None
-    with contextlib.redirect_stdout(said):
-        try:
-            runpy.run_path(tool, run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-    found[tool] = [status or 0, said.getvalue()]
-print(json.dumps(found))
-"""
 
 
-@pytest.fixture(scope="module")
-def helps():
-    """{program: [exit status, what its --help prints]}; Python's in one process, since imports take time."""
-    programs = files("scripts/*.py", "scripts/*.sh", "experiments/*.sh", "tests/*.sh", "tests/benchmarks/*.py")
-    texts = {path: path.read_text() for path in programs}
-    python = [path for path in programs if "argparse" in texts[path]]
-    output = functools.partial(subprocess.check_output, text=True, timeout=60)
-    told = json.loads(output([sys.executable, "-c", HELP_OF_ALL, *python]))
-    shell = [path for path in programs if path.suffix == ".sh" and "--help" in texts[path]]
-    return {Path(tool): answer for tool, answer in told.items()} | {
-        path: [0, output(["bash", path, "--help"])] for path in shell}
-
-
-def test_each_tool_answers_help(helps):
-    for tool, (status, said) in helps.items():
-        assert status == 0 and len(said.splitlines()) > 2, tool
-
-
-def test_commands_name_existing_files_and_options(helps):
-    by_name = {tool.name: said for tool, (_, said) in helps.items()}
+def test_commands_name_existing_files_and_options_that_help_tells():
+    told = {}  # by each tool's name, what its --help prints
+    for tool in files("scripts/*.py", "scripts/*.sh", "experiments/*.sh", "tests/*.sh", "tests/benchmarks/*.py"):
+        if "argparse" in tool.read_text():
+            run = call(load_module(tool), "--help")
+        elif tool.suffix == ".sh" and "--help" in tool.read_text():
+            run = subprocess.run(["bash", tool, "--help"], text=True, capture_output=True, check=False, timeout=60)
+        else:
+            continue
+        assert run.returncode == 0 and len(run.stdout.splitlines()) > 2, tool
+        told[tool.name] = run.stdout
     for document, line, words, folder in ALL_COMMANDS:
         for word in words:
             if re.search(r"\.(py|sh|slurm|yml)$", word):
                 path = re.sub(r"^\w+=", "", word)  # or the value of a variable
                 there = any(folder.glob(path)) if folder else exists(path, document.parent)
                 assert there, f"{document}: no such file: {line}"
-        ours = next((i for i, word in enumerate(words) if Path(word).name in by_name), len(words))
-        told = by_name.get(Path(words[ours]).name) if words[ours:] else None
+        ours = next((i for i, word in enumerate(words) if Path(word).name in told), len(words))
         for option in {word.split("=")[0] for word in words[ours:] if word.startswith("--")} - {"--help"}:
-            assert re.search(rf"{option}\b", told), f"{document}: no {option}: {line}"
+            assert re.search(rf"{option}\b", told[Path(words[ours]).name]), f"{document}: no {option}: {line}"
 
 
 # ---- Tables and numbers ----------------------------------------------------------------------------------------------

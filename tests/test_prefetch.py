@@ -25,7 +25,6 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 tag = lambda content: hashlib.sha1(content).hexdigest()
 as_root = ["unshare", "-nm", "bash", "-c", "ip link set lo up && mount -t tmpfs none /mnt"]
 refused = subprocess.run(as_root, check=False, capture_output=True).returncode
-needs_root = pytest.mark.skipif(refused, reason="needs root: a network namespace, a file system to mount")
 
 
 # ---- The stand-in for the hub ------------------------------------------------------------------------------
@@ -175,17 +174,22 @@ def test_the_hub_s_model_and_data_are_in_the_folder_and_not_fetched_again(fetche
     assert not [line for line in hub.asked[asked:] if "org/" in line]
 
 
-def test_a_local_folder_stays_where_it_is_and_is_checked_too(demo, environ, tmp_path):
+def test_local_folders_stay_where_they_are_and_are_checked_too(course, demo, tmp_path):
+    """With the environment of site.sh: a container, and no other Python with the packages."""
+    shutil.rmtree(tmp_path / ".venv")
+    with (tmp_path / "experiments/site.sh").open("a") as site:
+        site.write(f'CONTAINER="env --chdir=/ PATH={REPO}/.venv/bin:/usr/bin:/bin"\n')
     data = tmp_path / "data"
     data.mkdir()
     for name in ("train", "dev"):
         (data / f"{name}.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' * 32)
-    local = environ | {"MODEL_NAME": str(demo / "model"), "SQUAD_DATA": str(data), "HF_HUB_OFFLINE": "1"}
-    first = prefetch(local, tmp_path / "out")
+    local = {"MODEL_NAME": os.path.relpath(demo / "model"), "SQUAD_DATA": str(data), "HF_HUB_OFFLINE": "1"}
+    environ = local | SMALL | {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    first = program(environ, "bash", tmp_path / "scripts/prefetch.sh", tmp_path / "out")
     assert first.returncode == 0, first.stderr
-    assert variables(first.stdout) == {name: local[name] for name in ("MODEL_NAME", "SQUAD_DATA", "HF_HUB_OFFLINE")}
+    assert variables(first.stdout) == local | {"MODEL_NAME": str(demo / "model")}
     (data / "dev.jsonl").write_text('{"prompt": "a", "answer": ""}\n')
-    second = prefetch(local, tmp_path / "out")
+    second = program(environ, "bash", tmp_path / "scripts/prefetch.sh", tmp_path / "out")
     assert second.returncode == 2 and f"ERROR: SQUAD_DATA='{data}': dev.jsonl, line 1" in second.stderr
 
 
@@ -219,7 +223,7 @@ def test_each_mistake_is_one_line(environ, tmp_path):
     assert run.returncode == 2 and run.stdout == "" and re.fullmatch(said, run.stderr), run.stderr
 
 
-@needs_root
+@pytest.mark.skipif(refused, reason="needs root: a network namespace, a file system to mount")
 @pytest.mark.parametrize("size", ["600k", "1300k"])  # full with half the model, and with the data
 def test_a_full_disk_is_one_line(size, environ, tmp_path):
     small = 'mount -t tmpfs -o size="$0" tmpfs "${@: -1}"; exec "$@"'

@@ -438,15 +438,3 @@ def test_a_container_that_lacks_what_a_run_needs_is_refused_in_one_line(tmp_path
     status, (line,) = shell("choose_python", PATH=stand_in(tmp_path, container=command), CONTAINER="container")
     said = r"ERROR: CONTAINER=container: inside are not the same /tmp, \S+, standard input, network and process ids \("
     assert status == 1 and re.match(said, line)
-
-
-def test_prefetch_has_the_environment_of_site_sh(course, demo):
-    """A container, and no other Python with the packages."""
-    top = course.parents[3]
-    shutil.rmtree(top / ".venv")
-    with (top / "experiments/site.sh").open("a") as site:
-        site.write(f'CONTAINER="env --chdir=/ PATH={REPO}/.venv/bin:/usr/bin:/bin"\n')
-    environ = {"PATH": "/usr/bin:/bin", "HOME": str(top), "MODEL_NAME": os.path.relpath(demo / "model", top)}
-    run = subprocess.run(["bash", "scripts/prefetch.sh"], cwd=top, env=environ | {"SQUAD_DATA": str(demo / "squad")},
-                         text=True, capture_output=True, check=False, timeout=300)  # fmt: skip
-    assert run.returncode == 0 and f"MODEL_NAME={demo}/model\n" in run.stdout, run.stderr

@@ -4,6 +4,7 @@ import fcntl
 import os
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -102,7 +103,8 @@ def test_on_a_terminal_the_table_follows_the_record_and_stays_when_the_job_has_e
     assert max(map(len, lines)) <= 80
 
 
-def test_in_a_low_terminal_the_best_and_the_running_trials_are_shown(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_in_a_low_terminal_the_best_and_the_running_trials_are_shown_until_it_is_given_back(tmp_path, number):
     further = {"warmup_ratio": 0.1, "long_name_" * 8: 1}
     trials = [trial(i, *[3 - i / 10] * (i < 28), start=i, ended=i < 27, **further) for i in range(30)]
     folder = keep(tmp_path, started(), *trials)
@@ -110,17 +112,12 @@ def test_in_a_low_terminal_the_best_and_the_running_trials_are_shown(tmp_path):
     screen = terminal.wait_for("and 24 more")
     assert list(rows(screen)) == ["28", "27", "26", "25", "29", "30"] and "lowest" in screen and "long" in screen
     assert len(screen.split("\n")) <= 16 and max(map(len, screen.split("\n"))) <= 80
-    os.write(terminal.master, b"\x03")
+    if number == signal.SIGINT:
+        os.write(terminal.master, b"\x03")
+    else:
+        terminal.process.terminate()
     status, left = terminal.end()
-    assert status == 130 and "Traceback" not in terminal.raw.decode() and len(rows(left)) == 6
-
-
-def test_an_end_by_a_signal_gives_the_terminal_back(job):
-    job.record(STEPS[2])
-    terminal = Terminal("--watch", job.folder)
-    terminal.wait_for("trials: 2 of 12 ended")
-    terminal.process.terminate()
-    assert terminal.end()[0] == 143
+    assert status == 128 + number and "Traceback" not in terminal.raw.decode() and len(rows(left)) == 6
     assert terminal.raw.decode().rpartition("\x1b[?25")[2].startswith("h")  # the cursor is shown again
 
 

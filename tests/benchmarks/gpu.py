@@ -53,7 +53,7 @@ def main():
         rows.append([precision, *losses, near["skipped"], ", ".join(f"{loss:.3g}" for loss, _ in far["eval"])])
     table(["demo model, rate 1e-3", "eval_loss, epoch 1", "epoch 2", "steps skipped", "with rate 1e4"], rows)
 
-    rows, throughput = [], matmul_flops(gpu=True)
+    rows, throughput = [], matmul_flops()
     big = {"TRAIN_SAMPLES": "48", "EVAL_SAMPLES": "32", "NUM_EPOCHS": "1"}
     for recipe, precision, batch in ((False, "bf16", 2), (False, "bf16", 1), (False, "fp16", 2), (False, "fp16", 1),
                                      (False, "fp32", 2), (True, "fp16", 2)):  # fmt: skip

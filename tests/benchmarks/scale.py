@@ -10,7 +10,6 @@ trials of a slot share a process. Two trials at once. Nothing else should run on
 
 import argparse
 import datetime
-import json
 import os
 import re
 import resource
@@ -24,7 +23,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import HEAD, REPO, command_of, copy_of_the_course, pids, wait_for
+from conftest import HEAD, REPO, command_of, copy_of_the_course, events_of, pids, replace, wait_for
 
 CHEAP_TRIALS = '''
 import math
@@ -75,9 +74,8 @@ class ARun:
         self.course, self.looks = copy_of_the_course(folder), []  # looks: (time, look_at())
         scripts = self.course.parents[3] / "scripts"
         (scripts / "raytune_hpo/raytune_asha_scheduler/fast_trials.py").write_text(CHEAP_TRIALS)
-        text, line = (scripts / "job/ray_job.sh").read_text(), '    say "this node: '
-        assert text.count(line) == 1
-        (scripts / "job/ray_job.sh").write_text(text.replace(line, f"    SLOTS=2\n{line}"))
+        line = '    say "this node: '
+        replace(scripts / "job/ray_job.sh", (line, f"    SLOTS=2\n{line}"))
         if not demo:
             demo, quiet = folder / ".demo", subprocess.DEVNULL
             subprocess.run([sys.executable, REPO / "scripts/demo_assets.py", demo], check=True, stdout=quiet)
@@ -103,9 +101,8 @@ class ARun:
 
     def ends(self):
         """When each trial ended."""
-        events = [json.loads(line) for line in (self.folder / "events.jsonl").read_text().splitlines()]
-        times = [event["time"] for event in events if event["event"] == "trial_ended"]
-        return [datetime.datetime.fromisoformat(text).timestamp() for text in times]
+        events = events_of(self.folder, "trial_ended")
+        return [datetime.datetime.fromisoformat(event["time"]).timestamp() for event in events]
 
     def early_and_late(self):
         """The looks after the tenth trial, when all imports are done, and before the last one's end."""
@@ -123,28 +120,15 @@ def many_trials(folder, trials):
             raise SystemExit(f"ERROR: {trials} trials ended with exit status {status}:\n{run.log()[-2000:]}")
     finally:
         run.process.terminate()
-    ends, fifth, before = run.ends(), trials // 5, time.monotonic()
-    fill_tables = [sys.executable, REPO / "scripts/report/fill_tables.py", run.folder]
-    subprocess.run(fill_tables, check=True, stdout=subprocess.DEVNULL)
-    tables = time.monotonic() - before
-    figures = {
-        "s a trial": (ends[-1] - ends[0]) / (trials - 1),
-        "s a trial, first fifth": (ends[fifth] - ends[0]) / fifth,
-        "s a trial, last fifth": (ends[-1] - ends[-1 - fifth]) / fifth,
-    }
+    ends = run.ends()
+    figures = {"s a trial": f"{(ends[-1] - ends[0]) / (trials - 1):.3f}"}
     early, late = run.early_and_late()
     for kind in KINDS:
         figures[f"{kind} MB, first -> last"] = f"{early[kind]:.0f} -> {late[kind]:.0f}"
     return figures | {
-        "processes of the head, first -> last": f"{early['processes']} -> {late['processes']}",
         "lines of the log": len(run.log().splitlines()),
         "files in the run folder": sum(path.is_file() for path in run.folder.rglob("*")),
-        "fill_tables.py on it, s": tables,
     }
-
-
-def show(value):
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def main():
@@ -162,7 +146,7 @@ def main():
         shutil.rmtree(folder, ignore_errors=True)
     print("| trials | " + " | ".join(map(str, a.trials)) + " |\n|---|" + "---|" * len(columns))
     for name in columns[0]:
-        print(f"| {name} | " + " | ".join(show(column[name]) for column in columns) + " |")
+        print(f"| {name} | " + " | ".join(str(column[name]) for column in columns) + " |")
     print(f"\ntwo at once, seed 42, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}")
 
 

@@ -52,7 +52,7 @@ class WarmTrial(tune.Trainable):
         run_config.checkpoint_config = tune.CheckpointConfig(checkpoint_at_end=False)
 
     def setup(self, config, run=None):
-        self.run, self.processes, self.sound, self.words = run, [], False, ()
+        self.run, self.processes, self.sound = run, [], False
         self.reset_config(config)
 
     def reset_config(self, new_config):
@@ -82,7 +82,7 @@ class WarmTrial(tune.Trainable):
                 self.sound = False
         if not self.sound:
             self.cleanup()
-            self.processes = self.new_processes()
+            self.processes, self.words = self.new_processes(), ()
             (address, *_), self.words = zip(*self.of_all("prepare"), strict=True)
             self.of_all("join", address)
         self.started = True
