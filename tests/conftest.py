@@ -155,6 +155,21 @@ def one_slot():
     return ("--head", *ports, *less, "--num-cpus=4", '--resources={"trial_slot": 1}')
 
 
+@pytest.fixture(scope="module")
+def private_ray():
+    """Variables that point to a plain Ray with room for one trial, whose processes can import the lesson."""
+    folder, variables = f"/tmp/ray_test_{os.getpid()}", {"RAY_AUTH_MODE": "disabled"}
+    faster = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "TORCHDYNAMO_DISABLE": "1"}
+    environ = os.environ | variables | faster | {"PYTHONPATH": str(SCRIPT.parent)}
+    head = start_ray(*one_slot(), f"--temp-dir={folder}", log=f"{folder}.log", environ=environ)
+    try:
+        yield variables | {"RAY_ADDRESS": address_of(folder)}
+    finally:
+        end_ray(head)
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(f"{folder}.log").unlink()
+
+
 SPACE = {"LR_LOWER": "1e-4", "LR_UPPER": "5e-2", "BS_CHOICES": "2 4", "WD_CHOICES": "0.0 0.1"}
 SMALL = {"TRAIN_SAMPLES": "32", "EVAL_SAMPLES": "16", "WORKERS_PER_TRIAL": "1"}
 

@@ -12,33 +12,18 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import forecast
 import pytest
 import run_state
 import trial_log
-from conftest import REPO, SCRIPT, address_of, end_ray, one_slot, start_ray, table_of, wait_for
+from conftest import REPO, SCRIPT, table_of, wait_for
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 
 NEIGHBOURS = {"fast_trials", "run_state", "trial_log", "library_fixes", "own_data"}
 FEW = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "8", "NUM_EPOCHS": "1", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "1"}
 RATE = 'tune.sample_from(lambda spec: math.inf if spec.config["train_loop_config"]["per_device_bs"] == 8 else 1e-2)'
-
-
-@pytest.fixture(scope="module")
-def private_ray():
-    """Variables that point to a plain Ray with room for one trial, whose processes can import the lesson."""
-    folder, variables = f"/tmp/ray_test_{os.getpid()}", {"RAY_AUTH_MODE": "disabled"}
-    environ = os.environ | variables | {"PYTHONPATH": str(SCRIPT.parent)}
-    head = start_ray(*one_slot(), f"--temp-dir={folder}", log=f"{folder}.log", environ=environ)
-    try:
-        yield variables | {"RAY_ADDRESS": address_of(folder)}
-    finally:
-        end_ray(head)
-        shutil.rmtree(folder, ignore_errors=True)
-        Path(f"{folder}.log").unlink()
 
 
 @pytest.fixture(scope="module")
