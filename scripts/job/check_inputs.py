@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import gc
 import importlib.util
 import itertools
 import json
@@ -485,4 +486,5 @@ def main():
 
 
 if __name__ == "__main__":
+    gc.disable()  # it takes a fifth of the time, and finds nothing
     sys.exit(main())
