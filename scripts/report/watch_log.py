@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 
 SETTLED = 5  # s: before that, a log may begin with what the site prints, and a run folder be empty
-OPEN = ("running", "pending", "cut off")
 STYLES = {"running": "cyan", "stopped by ASHA": "dim", "FAILED": "red", "diverged": "red"}
 
 
@@ -78,7 +77,7 @@ def view(run, quiet, last, room):
         above = [f"Job {job.name}: running{since}"]
         above += [f"log{f', {hms(quiet)} ago' if quiet > 60 else ''}: {last}"] if last else []
     if of := max(len(trials), run.number("NUM_SAMPLES", 0)):
-        ended, running = sum(t.status not in OPEN for t in trials), sum(t.status == "running" for t in trials)
+        ended, running = sum(t.ended for t in trials), sum(t.status == "running" for t in trials)
         slots = f" on {trials_at_once(run)} slot(s)" if run.workers else ""
         above.append(f"trials: {ended} of {of} ended, {running} running{slots}")
     # In too little room the best and the running ones are shown rather than others with lower losses.
