@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 from compare_runs import hms, trials_at_once
 from read_log import NotALog, parse
