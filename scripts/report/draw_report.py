@@ -28,7 +28,6 @@ def log_axis(axis, losses, label):
 
 
 def draw_loss(run, axes, trials):
-    """Picture (a)."""
     best, few, max_t, ends, above = run.best and run.best["trial"], len(trials) <= 40, run.max_t, [], {}
     marks = {"finished": ("o", "ran all epochs"), "stopped by ASHA": ("X", "stopped by ASHA"),
              "diverged": ("^", "diverged"), "FAILED": ("v", "FAILED")}
@@ -45,10 +44,9 @@ def draw_loss(run, axes, trials):
         axes.plot(*points[-1], mark, color="black" if t is best else "0.35", markeredgecolor="white",
                   markeredgewidth=0.5, markersize=6 if few else 3, label=label)
         ends.append((*points[-1], t.id, "bold" if t is best else "normal"))
-    axes.set_xlabel("epoch")
-    axes.set_xticks(range(1, max_t + 1) if max_t <= 20 else powers)
-    axes.set_xlim(min(0.9, *axes.get_xlim()), max_t + 0.04 * max_t + 0.15)
     axes.margins(y=0.08)
+    axes.set(xlabel="epoch", xlim=(min(0.9, *axes.get_xlim()), max_t + 0.04 * max_t + 0.15),
+             xticks=range(1, max_t + 1) if max_t <= 20 else powers)  # fmt: skip
     axes.figure.draw_without_rendering()  # so that heights on paper are known
     for x, y, text, weight in sorted(ends) if few else ():  # each at least a line above the one below it
         height = axes.transData.transform((x, y))[1] * 72 / axes.figure.dpi
@@ -70,7 +68,6 @@ def on_slots(run):
 
 
 def draw_slots(run, axes, bars):
-    """Picture (b)."""
     best, few = run.best and run.best["trial"], len(bars) <= 60
     rows = max(trials_at_once(run), *(row for row, *_ in bars))
     looks = {"finished": ("0.6", ""), "stopped by ASHA": ("0.88", ""), "best": ("0.1", ""),
@@ -85,11 +82,8 @@ def draw_slots(run, axes, bars):
             axes.text((start + end) / 120, row, trial.id, ha="center", va="center", fontsize=8,
                       color="white" if trial is best else "black",
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 1} if hatch else None)
-    axes.set_xlim(0, max(run.now, 1) / 60)
-    axes.set_ylim(rows + 0.6, 0.4)
-    axes.set_yticks(range(1, rows + 1, 1 + rows // 20))
-    axes.set_ylabel("slot")
-    axes.set_xlabel(f"minutes from START to {'FINISH' if run.finished else 'now'}")
+    axes.set(xlim=(0, max(run.now, 1) / 60), xlabel=f"minutes from START to {'FINISH' if run.finished else 'now'}",
+             ylim=(rows + 0.6, 0.4), ylabel="slot", yticks=range(1, rows + 1, 1 + rows // 20))  # fmt: skip
 
 
 def compare(runs, path):

@@ -101,7 +101,6 @@ def figures(run):
 
 
 def markdown(parts):
-    """Sections as Markdown text."""
     escaped, out = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;"}), []
     for title, header, rows, below in parts:
         out.append(f"### {title}\n")
@@ -141,7 +140,6 @@ def run_rows(runs):
 
 # ---- Main --------------------------------------------------------------------------------------------------
 def all_tables(runs):
-    """The tables of all runs as Markdown."""
     return "\n".join(f"## {run.job} ({run.source})\n\n{markdown(sections(run))}" for run in runs)
 
 
@@ -171,7 +169,6 @@ def draw(a, run, folder):
 
 
 def options():
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="LOG_OR_RUN_FOLDER", help="log of a head job or a manual grid, or run folder")
@@ -193,7 +190,6 @@ def options():
 
 
 def main():
-    """Returns the exit status: 0, or 2 if an input cannot be used or a file cannot be written."""
     a, runs, problems = options(), [], []
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" is no error
     sys.stdout.reconfigure(errors="replace")

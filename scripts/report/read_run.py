@@ -76,8 +76,6 @@ class Worker:
 
 @dataclass
 class Run:
-    """A run as its record tells it."""
-
     source: str
     folder: Path = None  # its run folder; None: a log alone is known
     began: float = 0  # START, s since 1970
@@ -101,7 +99,6 @@ class Run:
     max_t = property(lambda self: self.number("NUM_EPOCHS", 0))
 
     def number(self, name, default):
-        """A setting that is a whole number."""
         text = self.settings.get(name, "")
         return int(text) if re.fullmatch(r"\d{1,9}", text) else default
 
@@ -166,7 +163,6 @@ def lowest_losses(folder):
 
 
 def as_run(source, events, folder=None):
-    """A Run from its events."""
     run = Run(str(source), folder, began=math.floor(events[0]["time"]) if events else 0)
     for event in events:
         with contextlib.suppress(Exception):
@@ -177,7 +173,6 @@ def as_run(source, events, folder=None):
 
 
 def take(run, what, event, now):
-    """Puts one event into the run."""
     now = math.floor(now) if what in ("started", "finished") else now  # as the lines START and FINISH have it
     if what == "started" or not run.jobs:
         leave_nodes(run)
@@ -210,7 +205,6 @@ def take(run, what, event, now):
 
 
 def take_trial(run, what, event, now):
-    """Puts one event of a trial into the run."""
     name = clean(event["trial"])
     trial = run.trials.setdefault(name, Trial(name))
     if what == "trial_started":
