@@ -36,13 +36,14 @@ def write(run, path):
         study.add_trial(frozen)
 
 
-def compared(run, loss_of):
-    """All trials of which loss_of(trial) is not None as a study in memory, each as if complete.
+def compared(run):
+    """All trials with a loss as a study in memory, each as if complete.
 
     Optuna compares complete trials only; of a search with ASHA these are the few that nothing has stopped.
     """
-    study, losses = optuna.create_study(), ((loss_of(trial), drawn) for trial, drawn in with_hyperparameters(run))
-    study.add_trials(create_trial(value=loss, **drawn) for loss, drawn in losses if loss is not None)
+    study = optuna.create_study()
+    study.add_trials(create_trial(value=trial.best(), **drawn) for trial, drawn in with_hyperparameters(run)
+                     if trial.best() is not None)  # fmt: skip
     return study
 
 

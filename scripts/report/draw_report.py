@@ -137,20 +137,12 @@ def body(run, folder):
             image = base64.b64encode((folder / name).read_bytes()).decode()
             parts.append(f'<figure><img alt="{caption}" src="data:image/png;base64,{image}">'
                          f"<figcaption>{caption}</figcaption></figure>")
-    charts, loss = {}, "Lowest Eval Loss"
-    study = as_study.compared(run, lambda trial: trial.best())
+    study = as_study.compared(run)
     if study.trials and study.trials[0].params:
-        charts["Each hyperparameter against the loss"] = visualization.plot_slice(study, target_name=loss)
-        charts["Parallel coordinates"] = visualization.plot_parallel_coordinate(study, target_name=loss)
-    first = as_study.compared(run, lambda trial: next((r.loss for r in trial.finite() if r.epoch == 1), None))
-    if len(first.trials) >= 5 and len({trial.value for trial in first.trials}) > 1:
-        title = f"Which hyperparameter mattered at epoch 1 (of {len(first.trials)} trials: another draw can differ)"
-        charts[title] = visualization.plot_param_importances(first)
-    for title, figure in charts.items():
-        figure.update_layout(title=None, height=420, margin={"l": 70, "r": 20, "t": 40, "b": 40})
-        plotly = title == next(iter(charts))  # its JavaScript stands in the page once
-        chart = figure.to_html(full_html=False, include_plotlyjs=plotly, config={"displayModeBar": False})
-        parts.append(f"<h2>{title}</h2>{chart}")
+        chart = visualization.plot_slice(study, target_name="Lowest Eval Loss")
+        chart.update_layout(title=None, height=420, margin={"l": 70, "r": 20, "t": 40, "b": 40})
+        page = chart.to_html(full_html=False, config={"displayModeBar": False})
+        parts.append(f"<h2>Each hyperparameter against the loss</h2>{page}")
     return "\n".join(parts)
 
 
