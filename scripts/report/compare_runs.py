@@ -70,11 +70,8 @@ def lowest_so_far(run):
     if run.manual:  # one after the other, also those of earlier jobs
         ends = itertools.accumulate(trial.clock() or 0 for trial in trials)
         points = [(end, trial.best()) for trial, end in zip(trials, ends) if trial.finite()]
-    lowest = []
-    for moment, loss in sorted(points):
-        if not lowest or loss < lowest[-1][1]:
-            lowest.append((moment, loss))
-    return lowest
+    lowest = math.inf
+    return [(moment, lowest := loss) for moment, loss in sorted(points) if loss < lowest]
 
 
 # ---- Tables ------------------------------------------------------------------------------------------------

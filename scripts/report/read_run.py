@@ -176,8 +176,8 @@ def take(run, what, event, now):
     now = math.floor(now) if what in ("started", "finished") else now  # as the lines START and FINISH have it
     if what == "started" or not run.jobs:
         leave_nodes(run)
-        name, start, log = (str(event.get(name, "")) for name in ("job", "start", "log"))
-        run.jobs.append(Job(clean(name), clean(start), began=now, log=log))
+        log = str(event.get("log", ""))
+        run.jobs.append(Job(clean(event.get("job", "")), clean(event.get("start", "")), began=now, log=log))
         run.manual = event.get("kind") == "manual"
     job = run.jobs[-1]
     job.ended = max(now, job.ended)
