@@ -160,20 +160,17 @@ patiently() {                                                # patiently SECONDS
     done
 }
 arrived()         { [[ -e $RUN_DIR/$1 ]]; }                  # a file in the shared folder
-has_port()        { [[ -s $RUN_DIR/port-$1 ]]; }
-listening()       { has_port "$ROLE" || ! kill -0 $! 2>/dev/null; }
-called_or_ended() { has_port "$1" || arrived "done-$1"; }
-LISTEN='import socket, sys
+called_or_ended() { [[ -s $RUN_DIR/port-$1 ]] || arrived "done-$1"; }
+LISTEN='import os, socket, sys
 server = socket.create_server((sys.argv[1], 0), family=socket.getaddrinfo(sys.argv[1], 0)[0][0])
 print(*server.getsockname()[:2], flush=True)
+if os.fork(): sys.exit()   # it listens, and goes on in the background
 while True: server.accept()[0].sendall(sys.argv[2].encode())'
 
 check_address() {                                            # others can call it only if it is one of this node's
     local address said=$RUN_DIR/listen-$ROLE
     address=$(node_address 2>/dev/null)
-    (owned python -c "$LISTEN" "$address" "$ROLE of ${RUN_DIR##*/}" >"$RUN_DIR/port-$ROLE" 2>"$said") &
-    patiently 30 listening
-    has_port "$ROLE"
+    (owned python -c "$LISTEN" "$address" "$ROLE of ${RUN_DIR##*/}" >"$RUN_DIR/port-$ROLE" 2>"$said")
     verdict $? "address: others reach $address, this node has $(hostname -I)" "$(<"$said")" "NODE_ADDRESS $IN_SITE"
 }
 
@@ -193,10 +190,9 @@ check_reach() {                                              # check_reach OTHER
 }
 
 submit() {                                                   # submit head|worker: #SBATCH lines, site.sh, on_node
-    local file=$HEAD script=$REPO/scripts/check_site.sh
-    [[ $1 == head ]] || file=$WORKER
-    cd "$EXERCISE" && { echo '#!/bin/bash'; grep '^#SBATCH' "$file"
-        printf 'source %q\nsource %q\non_node %q %q %q\n' "$SITE" "$script" "$1" "$RUN_DIR" "$WAIT"; } |
+    cd "$EXERCISE" && { echo '#!/bin/bash'; grep '^#SBATCH' "$1_node_raytune_asha_hpo.slurm"
+        printf 'source %q\nsource %q\n' "$SITE" "$REPO/scripts/check_site.sh"
+        printf 'on_node %q %q %q\n' "$1" "$RUN_DIR" "$WAIT"; } |
         timeout 60 sbatch --job-name="${RUN_DIR##*/}" --output="$RUN_DIR/$1.out" --time="$((WAIT + 10))"
 }
 
@@ -227,12 +223,10 @@ on_node() {                                                  # on_node ROLE FOLD
 
 # ---- The login node waits for them -----------------------------------------------------------------------------------
 declare -A JOBS=() STATE=()                                  # by role; STATE: "PENDING Resources", "ended"
-NEXT_LOOK=0
-arrived_or_ended() {                                         # arrived_or_ended FILE ROLE: asks Slurm every 3 s
+arrived_or_ended() {                                         # arrived_or_ended FILE ROLE: asks Slurm every 2 s
     local queue
     arrived "$1-$2" && return
-    ((SECONDS >= NEXT_LOOK)) || return
-    NEXT_LOOK=$((SECONDS + 3))
+    sleep 2
     queue=$(timeout 30 squeue --noheader --me --format='%i %T %r' 2>/dev/null) || return
     STATE[$2]=$(grep -oP "^${JOBS[$2]} \K.*" <<<"$queue" || echo "ended")
     [[ ${STATE[$2]} == ended ]]

@@ -23,8 +23,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-QUESTIONS_OF = {"train": 1000, "dev": 100}  # in each file, two to a context
-
 # ---- The town of Larkmoor --------------------------------------------------------------------------------------------
 # fmt: off
 FACTS = {  # place: (keeper, colour of the door, what it holds, when it opens)
@@ -94,43 +92,35 @@ ONSETS = "b c d f g h j k l m n p r s t v w y z ch sh th st sp sc tr pr br cr gr
 CODAS = "b c d f g k l m n p r s t v x th ch sh st nt nd ng nk ll ss ck rt rd rs rn ct"
 
 
-def tell(template, place, answer):
-    """A statement filled in, and the offset in characters at which the answer stands in it."""
-    before, _, after = template.replace("PLACE", place).partition("ANSWER")
-    return before + answer + after, len(before)
-
-
 def make_paragraph(rng, wordings):
     """A SQuAD paragraph: a context of 3 or 4 sentences, and two questions (still without id) which it answers."""
     place = rng.choice(list(FACTS))
     context, qas = rng.choice(OPENINGS), []
     for column in rng.sample(range(len(STATEMENTS)), k=2):
         answer = FACTS[place][column]
-        sentence, offset = tell(rng.choice(STATEMENTS[column]), place, answer)
+        context += " " + rng.choice(STATEMENTS[column]).replace("PLACE", place).replace("ANSWER", answer)
         question = rng.choice(QUESTIONS[column][wordings]).replace("PLACE", place)
-        qas.append({"question": question, "answers": [{"text": answer, "answer_start": len(context) + 1 + offset}]})
-        context += f" {sentence}"
+        qas.append({"question": question, "answers": [{"text": answer, "answer_start": context.index(answer)}]})
     if rng.random() < 0.5:
         context += f" {rng.choice(CLOSINGS)}"
     return {"context": context, "qas": qas}
 
 
-def make_squad(rng, split, wordings, used):
-    """A SQuAD v1.1 document, on contexts that are not in `used`; adds them to it."""
-    pages, made = [], 0
-    while made < QUESTIONS_OF[split]:
+def make_squad(rng, split, size, wordings, used):
+    """A SQuAD v1.1 document of `size` questions, on contexts that are not in `used`; adds them to it."""
+    paragraphs = []
+    while 2 * len(paragraphs) < size:
         paragraph = make_paragraph(rng, wordings)
-        if paragraph["context"] in used:
-            continue
-        used.add(paragraph["context"])
-        for qa in paragraph["qas"]:
-            qa["id"] = f"larkmoor-{split}-{made:05d}"
-            made += 1
-        # A page mixes all places, so that the first N questions of the file are as good a sample as any other N.
-        if not pages or len(pages[-1]["paragraphs"]) == 5:
-            pages.append({"title": f"Larkmoor_{split}_notebook,_page_{len(pages) + 1}", "paragraphs": []})
-        pages[-1]["paragraphs"].append(paragraph)
-    return {"version": "1.1", "data": pages}
+        if paragraph["context"] not in used:
+            used.add(paragraph["context"])
+            paragraphs.append(paragraph)
+    for number, qa in enumerate(qa for paragraph in paragraphs for qa in paragraph["qas"]):
+        qa["id"] = f"larkmoor-{split}-{number:05d}"
+    # A page mixes all places, so that the first N questions of the file are as good a sample as any other N.
+    pages = [paragraphs[start : start + 5] for start in range(0, len(paragraphs), 5)]
+    data = [{"title": f"Larkmoor_{split}_notebook,_page_{number}", "paragraphs": page}
+            for number, page in enumerate(pages, 1)]  # fmt: skip
+    return {"version": "1.1", "data": data}
 
 
 def make_tokenizer():
@@ -142,7 +132,8 @@ def make_tokenizer():
     texts = ["Context: Question: Answer:", *OPENINGS, *CLOSINGS, *(f" {word}" for word in COMMON_WORDS.split())]
     for place, answers in FACTS.items():
         for column, answer in enumerate(answers):
-            texts += [tell(wording, place, answer)[0] for wording in STATEMENTS[column] + QUESTIONS[column]]
+            texts += [text.replace("PLACE", place).replace("ANSWER", answer) for text in STATEMENTS[column]]
+            texts += [text.replace("PLACE", place) + answer for text in QUESTIONS[column]]
     for vowel in "aeiou":
         texts += [vowel + coda for coda in CODAS.split()]
         for onset in ONSETS.split():
@@ -151,12 +142,12 @@ def make_tokenizer():
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256 bytes, hence never <unk>
     tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}  # ids 0 to 3
+    alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256 bytes, hence never <unk>
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2048, special_tokens=[*tokens.values()],
                                                        initial_alphabet=alphabet, show_progress=False))  # fmt: skip
-    settings = {"padding_side": "left", "clean_up_tokenization_spaces": False}  # else decoding drops the blank in "a ."
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, **tokens, **settings)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **tokens, padding_side="left",
+                                   clean_up_tokenization_spaces=False)  # else decoding drops the blank in "a ."
 
 
 def make_demo(folder):
@@ -178,8 +169,8 @@ def make_demo(folder):
 
     rng, used = random.Random(42), set()
     (folder / "squad").mkdir()
-    for split, wordings in (("train", slice(None, -1)), ("dev", slice(-1, None))):
-        text = json.dumps(make_squad(rng, split, wordings, used), indent=1) + "\n"
+    for split, size, wordings in (("train", 1000, slice(None, -1)), ("dev", 100, slice(-1, None))):
+        text = json.dumps(make_squad(rng, split, size, wordings, used), indent=1) + "\n"
         (folder / f"squad/{split}-v1.1.json").write_text(text)
     stamp = {"script": checksums(Path(__file__)), "files": checksums(folder)}
     (folder / "demo.json").write_text(json.dumps(stamp, indent=1) + "\n")

@@ -107,4 +107,4 @@ def test_a_record_or_log_with_any_damage_is_read_or_refused_in_one_line(tmp_path
         str([*fill_tables.trial_rows([run]), *fill_tables.run_rows([run])]).encode()
         compare_runs.comparison([run, run])
         draw_report.on_slots(run)
-        as_study.compared(run, lambda trial: trial.best())
+        as_study.compared(run)

@@ -20,13 +20,9 @@ def title(run):
 
 
 # ---- Costs -------------------------------------------------------------------------------------------------
-def sum_of_runtimes(run):
-    return sum(trial.clock() or 0 for trial in run.trials.values())
-
-
 def seconds_of(run):
     """How long a run took. A grid that was resumed took the runtimes of its earlier jobs, too."""
-    return max(run.seconds, sum_of_runtimes(run)) if run.manual else run.seconds
+    return max(run.seconds, run.runtimes) if run.manual else run.seconds
 
 
 def holdings(run):
@@ -58,10 +54,9 @@ def totals(run):
     trials, (unit, held) = list(run.trials.values()), holdings(run)
     each = run.number("WORKERS_PER_TRIAL", 2) * run.number("GPUS_PER_WORKER", 1) if unit == "GPU" else 1
     on_slots = sum(until - since for trial in trials for since, until in trial.spans)
-    busy = (sum_of_runtimes(run) * peak(held) if run.manual else on_slots * each) / 60
+    busy = (run.runtimes * peak(held) if run.manual else on_slots * each) / 60
     n = len(trials) if run.manual else max(run.number("NUM_SAMPLES", 0), len(trials))
     return {
-        "sum_of_runtimes_s": sum_of_runtimes(run),
         "epochs_trained": sum(trial.epochs for trial in trials), "epochs_full_grid": n * run.max_t,
         "trials": n, "max_t": run.max_t, "unit": unit, "units": peak(held),
         "allocated_min": minutes(held), "busy_min": busy, "idle_min": max(0, minutes(held) - busy),
@@ -75,11 +70,8 @@ def lowest_so_far(run):
     if run.manual:  # one after the other, also those of earlier jobs
         ends = itertools.accumulate(trial.clock() or 0 for trial in trials)
         points = [(end, trial.best()) for trial, end in zip(trials, ends) if trial.finite()]
-    lowest = []
-    for moment, loss in sorted(points):
-        if not lowest or loss < lowest[-1][1]:
-            lowest.append((moment, loss))
-    return lowest
+    lowest = math.inf
+    return [(moment, lowest := loss) for moment, loss in sorted(points) if loss < lowest]
 
 
 # ---- Tables ------------------------------------------------------------------------------------------------
@@ -124,7 +116,8 @@ def differences(runs):
     told = [conditions(run) for run in runs]
     names = dict.fromkeys(itertools.chain(*told))
     differ = [name for name in names if len({known[name] for known in told if name in known}) > 1]
+    if not differ:
+        return ("Settings that differ", [], [], ["None: with the same settings, runs differ by chance alone."])
     rows = [[title(run), *(known.get(name, "-") for name in differ)] for run, known in zip(runs, told)]
-    below = [f"The other {len(names) - len(differ)} settings are the same." if differ else
-             "None: with the same settings, runs differ by chance alone."]
-    return ("Settings that differ", ["run", *differ] if differ else [], rows if differ else [], below)
+    below = [f"The other {len(names) - len(differ)} settings are the same."]
+    return ("Settings that differ", ["run", *differ], rows, below)

@@ -7,16 +7,13 @@ import math
 import as_study
 import matplotlib.pyplot as plt
 from compare_runs import holdings, lowest_so_far, minutes, title, trials_at_once
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator
 from optuna import visualization
 
-
 # ---- Pictures: for paper of A4 width, at least 8 pt, told apart without colour -----------------------------
-def set_look():
-    """matplotlib without a screen, in the look of all pictures."""
-    plt.switch_backend("Agg")
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                         "savefig.dpi": 200, "legend.frameon": False, "figure.constrained_layout.use": True})
+plt.switch_backend("Agg")  # without a screen
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                     "savefig.dpi": 200, "legend.frameon": False, "figure.constrained_layout.use": True})
 
 
 def log_axis(axis, losses, label):
@@ -26,20 +23,18 @@ def log_axis(axis, losses, label):
         axis.set_label_text(f"{label}, log scale")
         axis.axes.set_yscale("log")
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
 
 
 def draw_loss(run, axes, trials):
-    """Picture (a)."""
-    best, few, max_t, above = run.best and run.best["trial"], len(trials) <= 40, run.max_t, {}
+    best, few, max_t, ends, above = run.best and run.best["trial"], len(trials) <= 40, run.max_t, [], {}
     marks = {"finished": ("o", "ran all epochs"), "stopped by ASHA": ("X", "stopped by ASHA"),
              "diverged": ("^", "diverged"), "FAILED": ("v", "FAILED")}
     log_axis(axes.yaxis, [report.loss for t in trials for report in t.finite()], "Eval Loss")
     powers = [2**k for k in range(20) if 2**k <= max_t]
     for rung in [power for power in powers if power < max_t and not run.manual]:
         axes.axvline(rung, color="0.7", linewidth=0.8, linestyle=":", label="rung of ASHA")
-    ends = []
     for t in sorted(trials, key=lambda trial: trial is best):
         points = sorted((report.epoch, report.loss) for report in t.finite())
         mark, label = marks.get(t.status, ("s", "running, or cut off"))
@@ -49,10 +44,9 @@ def draw_loss(run, axes, trials):
         axes.plot(*points[-1], mark, color="black" if t is best else "0.35", markeredgecolor="white",
                   markeredgewidth=0.5, markersize=6 if few else 3, label=label)
         ends.append((*points[-1], t.id, "bold" if t is best else "normal"))
-    axes.set_xlabel("epoch")
-    axes.set_xticks(range(1, max_t + 1) if max_t <= 20 else powers)
-    axes.set_xlim(min(0.9, *axes.get_xlim()), max_t + 0.04 * max_t + 0.15)
     axes.margins(y=0.08)
+    axes.set(xlabel="epoch", xlim=(min(0.9, *axes.get_xlim()), max_t + 0.04 * max_t + 0.15),
+             xticks=range(1, max_t + 1) if max_t <= 20 else powers)  # fmt: skip
     axes.figure.draw_without_rendering()  # so that heights on paper are known
     for x, y, text, weight in sorted(ends) if few else ():  # each at least a line above the one below it
         height = axes.transData.transform((x, y))[1] * 72 / axes.figure.dpi
@@ -74,7 +68,6 @@ def on_slots(run):
 
 
 def draw_slots(run, axes, bars):
-    """Picture (b)."""
     best, few = run.best and run.best["trial"], len(bars) <= 60
     rows = max(trials_at_once(run), *(row for row, *_ in bars))
     looks = {"finished": ("0.6", ""), "stopped by ASHA": ("0.88", ""), "best": ("0.1", ""),
@@ -89,16 +82,12 @@ def draw_slots(run, axes, bars):
             axes.text((start + end) / 120, row, trial.id, ha="center", va="center", fontsize=8,
                       color="white" if trial is best else "black",
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 1} if hatch else None)
-    axes.set_xlim(0, max(run.now, 1) / 60)
-    axes.set_ylim(rows + 0.6, 0.4)
-    axes.set_yticks(range(1, rows + 1, 1 + rows // 20))
-    axes.set_ylabel("slot")
-    axes.set_xlabel(f"minutes from START to {'FINISH' if run.finished else 'now'}")
+    axes.set(xlim=(0, max(run.now, 1) / 60), xlabel=f"minutes from START to {'FINISH' if run.finished else 'now'}",
+             ylim=(rows + 0.6, 0.4), ylabel="slot", yticks=range(1, rows + 1, 1 + rows // 20))  # fmt: skip
 
 
 def compare(runs, path):
     """Best loss so far against time and against cost, all runs in both panels."""
-    set_look()
     figure, panels = plt.subplots(1, 2, sharey=True, figsize=(7, 3.2 + 0.17 * len(runs)))  # inches: A4's text width
     losses = []
     for number, run in enumerate(runs):
@@ -137,7 +126,6 @@ def body(run, folder):
         "slots.png": (draw_slots, on_slots(run),
                       "Trials on slots over time. Numbers are Combo IDs; white is idle."),
     }
-    set_look()
     for name, (draw, data, caption) in pictures.items():
         if data:
             figure, axes = plt.subplots(figsize=(7, 4))  # inches: the text width of A4
@@ -149,20 +137,12 @@ def body(run, folder):
             image = base64.b64encode((folder / name).read_bytes()).decode()
             parts.append(f'<figure><img alt="{caption}" src="data:image/png;base64,{image}">'
                          f"<figcaption>{caption}</figcaption></figure>")
-    charts, plotly = {}, True  # plotly's JavaScript stands in the page once
-    study = as_study.compared(run, lambda trial: trial.best())
+    study = as_study.compared(run)
     if study.trials and study.trials[0].params:
-        charts["Each hyperparameter against the loss"] = visualization.plot_slice(study, target_name="Lowest Eval Loss")
-        charts["Parallel coordinates"] = visualization.plot_parallel_coordinate(study, target_name="Lowest Eval Loss")
-    first = as_study.compared(run, lambda trial: next((r.loss for r in trial.finite() if r.epoch == 1), None))
-    if len(first.trials) >= 5 and len({trial.value for trial in first.trials}) > 1:
-        title = f"Which hyperparameter mattered at epoch 1 (of {len(first.trials)} trials: another draw can differ)"
-        charts[title] = visualization.plot_param_importances(first)
-    for title, figure in charts.items():
-        figure.update_layout(title=None, height=420, margin={"l": 70, "r": 20, "t": 40, "b": 40})
-        chart = figure.to_html(full_html=False, include_plotlyjs=plotly, config={"displayModeBar": False})
-        parts.append(f"<h2>{title}</h2>{chart}")
-        plotly = False
+        chart = visualization.plot_slice(study, target_name="Lowest Eval Loss")
+        chart.update_layout(title=None, height=420, margin={"l": 70, "r": 20, "t": 40, "b": 40})
+        page = chart.to_html(full_html=False, config={"displayModeBar": False})
+        parts.append(f"<h2>Each hyperparameter against the loss</h2>{page}")
     return "\n".join(parts)
 
 
@@ -172,9 +152,8 @@ def page(run, tables, body):
     title, top = f"Search {html.escape(run.job)}", []
     reload = "" if run.finished else '<meta http-equiv="refresh" content="60">'
     for name, header, rows, below in tables:
-        lines = [[f"<th>{html.escape(text)}" for text in header]]
-        lines += [[f"<td>{html.escape(text)}" for text in row] for row in rows]
-        cells = "".join(f"<tr>{''.join(line)}" for line in lines)
+        cells = "".join("<tr>" + "".join(f"<{tag}>{html.escape(text)}" for text in row)
+                        for tag, row in [("th", header), *(("td", row) for row in rows)])
         top += [f"<h2>{html.escape(name)}</h2>", f"<div class=wide><table>{cells}</table></div>" if header else ""]
         top += [f"<p>{html.escape(line)}</p>" for line in below]
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'

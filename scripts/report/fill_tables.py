@@ -27,7 +27,6 @@ from compare_runs import hms, totals, trials_at_once
 from read_log import NotALog, parse
 from read_run import TITLES, further_names, show
 
-COLUMNS = ["Combo ID", *TITLES.values(), "Eval Loss", "Runtime (s)"]  # of a trial
 BEST_COLUMNS = [*(f"Best {name}" for name in (*TITLES.values(), "Eval Loss")), "Total Runtime (s)", "Epochs"]
 
 
@@ -50,9 +49,8 @@ def table_of_jobs(run):
 def table_of_trials(run):
     """Table 2: a row for each trial."""
     header, *rows = (row[:-4] for row in trial_rows([run]))
-    kind = ("the lowest of all epochs" if run.manual else
-            "the last report, as in the log's boxed table; table 3 has the lowest of all reports")
-    below = [f"Eval Loss: {kind}."]
+    below = ["Eval Loss: the lowest of all epochs." if run.manual else
+             "Eval Loss: the last report, as in the log's boxed table; table 3 has the lowest of all reports."]
     below += [f"Combo {t.id} ({t.name}): {t.status}: {t.cause}" for t in run.trials.values() if t.cause]
     return ("Table 2: the trials", header, [[show(value) for value in row] for row in rows], below)
 
@@ -80,10 +78,9 @@ def table_of_scores(run):
 def figures(run):
     """Sum of runtimes, epochs and node time, in sentences."""
     s, ratio = totals(run), ""
-    work = s["sum_of_runtimes_s"]
     if run.recorded and run.seconds:
-        ratio = f"; ratio {work / run.seconds:.2f} with {trials_at_once(run)} trial(s) at once"
-    lines = [f"Sum of the trials' runtimes: {work:.0f} s; the job's time: {run.seconds:.0f} s{ratio}."]
+        ratio = f"; ratio {run.runtimes / run.seconds:.2f} with {trials_at_once(run)} trial(s) at once"
+    lines = [f"Sum of the trials' runtimes: {run.runtimes:.0f} s; the job's time: {run.seconds:.0f} s{ratio}."]
     if s["epochs_full_grid"] and not run.manual:
         saved = 100 * (1 - s["epochs_trained"] / s["epochs_full_grid"])
         saving = f", {saved:.0f} % saved" if run.state() == "complete" else " so far"
@@ -104,7 +101,6 @@ def figures(run):
 
 
 def markdown(parts):
-    """Sections as Markdown text."""
     escaped, out = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;"}), []
     for title, header, rows, below in parts:
         out.append(f"### {title}\n")
@@ -119,7 +115,8 @@ def markdown(parts):
 def trial_rows(runs):
     """A header and one row a trial of all runs."""
     extra = further_names(runs)
-    yield [*COLUMNS, *extra, "Status", "Epochs", "Lowest Eval Loss", "Job", "Trial", "Cause"]
+    yield ["Combo ID", *TITLES.values(), "Eval Loss", "Runtime (s)", *extra, "Status", "Epochs", "Lowest Eval Loss",
+           "Job", "Trial", "Cause"]
     for run in runs:
         for t in run.trials.values():
             values = [t.params.get(name) for name in (*TITLES, *extra)]
@@ -137,13 +134,12 @@ def run_rows(runs):
         yield [run.source, run.job, run.state(), run.jobs[0].start, run.jobs[-1].finish, run.seconds,
                *map(run.settings.get, ("MODEL_NAME", "SEED")),
                len(run.trials), sum(t.status in ("FAILED", "diverged") for t in run.trials.values()),
-               s["epochs_trained"], s["epochs_full_grid"], round(s["sum_of_runtimes_s"], 3),
+               s["epochs_trained"], s["epochs_full_grid"], round(run.runtimes, 3),
                *map(best["params"].get, TITLES), *map(best.get, ("eval_loss", "time_total_s", "epoch"))]
 
 
 # ---- Main --------------------------------------------------------------------------------------------------
 def all_tables(runs):
-    """The tables of all runs as Markdown."""
     return "\n".join(f"## {run.job} ({run.source})\n\n{markdown(sections(run))}" for run in runs)
 
 
@@ -173,7 +169,6 @@ def draw(a, run, folder):
 
 
 def options():
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="LOG_OR_RUN_FOLDER", help="log of a head job or a manual grid, or run folder")
@@ -195,7 +190,6 @@ def options():
 
 
 def main():
-    """Returns the exit status: 0, or 2 if an input cannot be used or a file cannot be written."""
     a, runs, problems = options(), [], []
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" is no error
     sys.stdout.reconfigure(errors="replace")
@@ -207,14 +201,15 @@ def main():
         for text in a.inputs:
             try:
                 runs.append(parse(text, a.exit_status))
-                if (a.plots or a.study or a.compare) and not runs[-1].recorded:
-                    raise NotALog(f"{text}: its run folder is not here; pictures, --study and --compare need it")
             except NotALog as error:
                 problems.append(f"{error}")
+        recorded = [run for run in runs if run.recorded]
+        if a.plots or a.study or a.compare:
+            problems += [f"{run.source}: its run folder is not here; pictures, --study and --compare need it"
+                         for run in runs if not run.recorded]
         runs = [] if a.compare and problems else runs
         if runs:
             write_tables(a, runs)  # before the pictures, which take seconds: a job may be at its time limit
-        recorded = [run for run in runs if run.recorded]
         if a.study and recorded:
             import as_study
 
@@ -234,7 +229,8 @@ def main():
         problems.append(f"{error.filename}: cannot be used ({error.strerror})")
     except ImportError as error:
         problems.append(f"--watch, --plots and --study need the package {error.name}; run: bash scripts/setup_env.sh")
-    print(*(f"ERROR: {problem}" for problem in problems), sep="\n", end="\n" * bool(problems), file=sys.stderr)
+    for problem in problems:
+        print(f"ERROR: {problem}", file=sys.stderr)
     if a.compare and runs:
         print(markdown([compare_runs.comparison(runs), compare_runs.differences(runs)]))
     elif runs and not (a.tables or a.compare):

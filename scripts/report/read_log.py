@@ -19,6 +19,7 @@ EXERCISES = (EXPERIMENTS / "raytune/scheduler/asha", EXPERIMENTS / "manual")
 BANNER = re.compile(r"===== JOB (\S+) (START|FINISH) *: ((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) ?.*?) =====$")
 ROLE = re.compile(r"\d\d:\d\d:\d\d ([a-z]+)(?: \S+)? \| ")
 SETTING = re.compile(r"  ([A-Z][A-Z0-9_]*) +(\S.*)$")
+BOX = re.compile(r"^\+-.*\n((?:\|[^-].*\n)+)\|-.*\n((?:\|.*\n?)*)", re.MULTILINE)  # header, rows
 STATUS = re.compile(r".* \| ended with exit status (\d{1,3})$")
 
 
@@ -81,6 +82,22 @@ def events_of_log(lines):
     return jobs + [start | {"event": "settings"} | settings] * bool(jobs) + [start | e for e in search_of(lines)]
 
 
+def search_of(lines):
+    """The trials of the boxed table, and the report that the best line names."""
+    configs = {}
+    for row in table_of("\n".join(lines)):
+        name, error = row["Trialname"], "see the log" if row["status"] == "ERROR" else None
+        configs[name] = {title.rpartition("/")[2]: cell for title, cell in row.items() if "/" in title}
+        result = map(row.get, ("eval_loss", "iter", "totaltime(s)"))
+        yield from events_of_trial(name, configs[name], *result, error, row["status"] in ("ERROR", "TERMINATED"))
+    with contextlib.suppress(Exception):
+        best = ast.literal_eval(lines[lines.index("Best Trial Result:") + 1])
+        config = best["config"]["train_loop_config"]
+        drawn = list(map(show, config.values()))
+        same = next(name for name, shown in configs.items() if list(shown.values()) == drawn)
+        yield from events_of_trial(same, config, best["eval_loss"], best["epoch"], best["time_total_s"])
+
+
 def events_of_trial(name, config, loss, epoch, seconds, error=None, ended=True):
     """A trial of which one report is known. What is no number makes no report."""
     yield {"event": "trial_started", "trial": name, "config": config}
@@ -89,42 +106,13 @@ def events_of_trial(name, config, loss, epoch, seconds, error=None, ended=True):
         yield {"event": "trial_ended", "trial": name, "error": error}
 
 
-def search_of(lines):
-    """The trials of the boxed table, and the report that the best line names."""
-    configs = {}
-    for row in table_of(lines):
-        name, error = row["Trialname"], "see the log" if row["status"] == "ERROR" else None
-        configs[name] = {title.rsplit("/", 1)[-1]: number(cell) for title, cell in row.items()
-                         if "/" in title}
-        result = map(row.get, ("eval_loss", "iter", "totaltime(s)"))
-        yield from events_of_trial(name, configs[name], *result, error, row["status"] in ("ERROR", "TERMINATED"))
-    with contextlib.suppress(Exception):
-        best = ast.literal_eval(lines[lines.index("Best Trial Result:") + 1])
-        config = best["config"]["train_loop_config"]
-        same = [name for name in configs if list(map(show, configs[name].values())) == list(map(show, config.values()))]
-        yield from events_of_trial(same[0], config, best["eval_loss"], best["epoch"], best["time_total_s"])
-
-
-def table_of(lines):
+def table_of(text):
     """The rows of the last boxed table of trials, by titles without blanks; a title may stand on several lines."""
-    titles, rows, found = [], None, []
-    for line in lines:
-        cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        if line.startswith("+-"):
-            titles, rows = [], None
-        elif line.startswith("|-"):
-            titles, rows = ["".join(parts).replace(" ", "") for parts in zip(*titles)], []
-            found = rows if {"Trialname", "status"} <= set(titles) else found  # else Ray's list of error files
-        elif line.startswith("|") and rows is None:
-            titles.append(cells)
-        elif len(cells) == len(titles) > 1 and rows is not None:
-            rows += [dict(zip(titles, cells))]
+    found = []
+    for header, body in BOX.findall(text):
+        above, below = ([[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()]
+                        for part in (header, body))
+        titles = ["".join(parts).replace(" ", "") for parts in zip(*above)]
+        if {"Trialname", "status"} <= set(titles):  # else Ray's list of error files
+            found = [dict(zip(titles, cells)) for cells in below if len(cells) == len(titles)]
     return found
-
-
-def number(text):
-    """A cell as a number, if it is one."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

@@ -76,8 +76,6 @@ class Worker:
 
 @dataclass
 class Run:
-    """A run as its record tells it."""
-
     source: str
     folder: Path = None  # its run folder; None: a log alone is known
     began: float = 0  # START, s since 1970
@@ -97,10 +95,10 @@ class Run:
     finished = property(lambda self: self.jobs[-1].status is not None)
     now = property(lambda self: self.jobs[-1].ended)  # s from START to FINISH, or to the last event
     seconds = property(lambda self: sum(job.ended - job.began for job in self.jobs))  # without gaps between jobs
+    runtimes = property(lambda self: sum(trial.clock() or 0 for trial in self.trials.values()))
     max_t = property(lambda self: self.number("NUM_EPOCHS", 0))
 
     def number(self, name, default):
-        """A setting that is a whole number."""
         text = self.settings.get(name, "")
         return int(text) if re.fullmatch(r"\d{1,9}", text) else default
 
@@ -134,15 +132,12 @@ def show(value):
 def events_of(folder, name=None):
     """The events of a run folder, or those of one name; "time" in s."""
     found = []
-    try:
-        lines = Path(folder, "events.jsonl").read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
-        return []
-    for line in lines:
-        with contextlib.suppress(Exception):
-            event = json.loads(line, parse_constant=lambda nan: None)
-            event["time"] = datetime.fromisoformat(event["time"]).timestamp()
-            found += [event] if name in (None, event["event"]) else []
+    with contextlib.suppress(OSError), open(Path(folder, "events.jsonl"), encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with contextlib.suppress(Exception):
+                event = json.loads(line, parse_constant=lambda nan: None)
+                event["time"] = datetime.fromisoformat(event["time"]).timestamp()
+                found += [event] if name in (None, event["event"]) else []
     return found
 
 
@@ -153,11 +148,7 @@ def started_of(folder):
 
 def settings_of(folder):
     """The variables of the run in this folder as they were set; {} if there are none."""
-    return next((variables(event) for event in reversed(events_of(folder, "settings"))), {})
-
-
-def variables(event):
-    return {name: clean(value) for name, value in event.items() if name not in ("time", "event")}
+    return as_run(folder, events_of(folder, "settings")).settings
 
 
 def best_reports(run):
@@ -168,12 +159,10 @@ def best_reports(run):
 
 def lowest_losses(folder):
     """[(lowest finite eval_loss, its train_loop_config)] of a run's trials without error, the lowest first."""
-    run = as_run(folder, events_of(folder))
-    return [(report.loss, report.params) for report, _ in best_reports(run)]
+    return [(report.loss, report.params) for report, _ in best_reports(as_run(folder, events_of(folder)))]
 
 
 def as_run(source, events, folder=None):
-    """A Run from its events."""
     run = Run(str(source), folder, began=math.floor(events[0]["time"]) if events else 0)
     for event in events:
         with contextlib.suppress(Exception):
@@ -184,28 +173,27 @@ def as_run(source, events, folder=None):
 
 
 def take(run, what, event, now):
-    """Puts one event into the run."""
     now = math.floor(now) if what in ("started", "finished") else now  # as the lines START and FINISH have it
     if what == "started" or not run.jobs:
         leave_nodes(run)
-        name, start, log = (str(event.get(name, "")) for name in ("job", "start", "log"))
-        run.jobs.append(Job(clean(name), clean(start), began=now, log=log))
+        log = str(event.get("log", ""))
+        run.jobs.append(Job(clean(event.get("job", "")), clean(event.get("start", "")), began=now, log=log))
         run.manual = event.get("kind") == "manual"
     job = run.jobs[-1]
     job.ended = max(now, job.ended)
     if "trial" in event:
         take_trial(run, what, event, now)
     elif what == "settings":
-        run.settings = variables(event)
+        run.settings = {name: clean(value) for name, value in event.items() if name not in ("time", "event")}
     elif what == "worker_joined":
         worker = Worker(now, None, int(event["gpus"]), int(event["slots"]))
         run.workers.setdefault((len(run.jobs), str(event["job"])), worker)  # requeued by Slurm, it joins once more
         run.precisions |= {clean(event["precision"])}
     elif what == "worker_ended":
         worker = run.workers[len(run.jobs), str(event["job"])]
-        worker.until = now if worker.until is None else worker.until
+        worker.until = now
         if seconds := event.get("seconds"):  # Slurm's record begins earlier: with the job, not with Ray on it
-            worker.since, worker.by_slurm = min(worker.since, worker.until - seconds), True
+            worker.since, worker.by_slurm = min(worker.since, now - seconds), True
             worker.until = worker.since + seconds
     elif what == "search":
         run.scheduler = clean(event.get("scheduler", run.scheduler))
@@ -217,7 +205,6 @@ def take(run, what, event, now):
 
 
 def take_trial(run, what, event, now):
-    """Puts one event of a trial into the run."""
     name = clean(event["trial"])
     trial = run.trials.setdefault(name, Trial(name))
     if what == "trial_started":
@@ -265,7 +252,7 @@ def settle(run):
     for position, trial in enumerate(run.trials.values()):
         numbered = re.search(r"_(\d{1,9})$", trial.name)  # by Ray, from 0
         trial.id = str(1 + (int(numbered[1]) if numbered else position))
-    run.trials = {trial.name: trial for trial in sorted(run.trials.values(), key=lambda trial: int(trial.id))}
+    run.trials = dict(sorted(run.trials.items(), key=lambda item: int(item[1].id)))
     for report, trial in best_reports(run)[:1]:
         seconds = trial.runtime if run.manual else report.seconds
         run.best = {"eval_loss": report.loss, "epoch": report.epoch, "time_total_s": seconds,

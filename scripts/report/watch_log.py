@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 from compare_runs import hms, trials_at_once
 from read_log import NotALog, parse
@@ -17,39 +16,31 @@ from rich.table import Table
 from rich.text import Text
 
 SETTLED = 5  # s: before that, a log may begin with what the site prints, and a run folder be empty
-OPEN = ("running", "pending", "cut off")
 STYLES = {"running": "cyan", "stopped by ASHA": "dim", "FAILED": "red", "diverged": "red"}
 
 
-def look(path):
-    """(when a file or folder was last changed, its last line); None if it is not there."""
-    with contextlib.suppress(FileNotFoundError):
-        if path.is_dir():
-            return path.stat().st_mtime, ""
-        with open(path, "rb") as file:  # NFS may answer stat() from a cache, but not after open()
-            status = os.fstat(file.fileno())
-            file.seek(max(0, status.st_size - 4000))
-            return status.st_mtime, clean(file.read().decode(errors="replace").rstrip().rpartition("\n")[2])
-
-
 def follow(path):
-    """Yields (run, s since its log changed, the log's last line) twice a second until the job has ended."""
-    run = seen = None
+    """Yields (run, s since its log changed, the log's last line) each second until the job has ended."""
     while True:
-        folder = run.folder if run else None
-        found = look(path), folder and look(folder / "events.jsonl"), folder or time.time() // SETTLED
-        if found != seen:
-            try:
-                run, seen = parse(folder or path), found
-            except NotALog:
-                if found[0] and time.time() - found[0][0] > SETTLED:
-                    raise
-        if run:
-            changed, last = look(Path(run.jobs[-1].log) if path.is_dir() else path) or (time.time(), "")
-            yield run, time.time() - changed, last
+        try:
+            run = parse(path)
+        except NotALog:
+            if path.exists() and time.time() - path.stat().st_mtime > SETTLED:
+                raise
+        else:
+            yield run, *last_line(run.jobs[-1].log if path.is_dir() else path)
             if run.finished:
                 return
-        time.sleep(0.5)
+        time.sleep(1)
+
+
+def last_line(log):
+    """(s since a log changed, its last line)"""
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        status = os.fstat(file.fileno())  # NFS may answer stat() from a cache, but not after open()
+        file.seek(max(0, status.st_size - 4000))
+        return time.time() - status.st_mtime, clean(file.read().decode(errors="replace").rstrip().rpartition("\n")[2])
+    return 0, ""
 
 
 def table_of(run, trials):
@@ -78,7 +69,7 @@ def view(run, quiet, last, room):
         above = [f"Job {job.name}: running{since}"]
         above += [f"log{f', {hms(quiet)} ago' if quiet > 60 else ''}: {last}"] if last else []
     if of := max(len(trials), run.number("NUM_SAMPLES", 0)):
-        ended, running = sum(t.status not in OPEN for t in trials), sum(t.status == "running" for t in trials)
+        ended, running = sum(t.ended for t in trials), sum(t.status == "running" for t in trials)
         slots = f" on {trials_at_once(run)} slot(s)" if run.workers else ""
         above.append(f"trials: {ended} of {of} ended, {running} running{slots}")
     # In too little room the best and the running ones are shown rather than others with lower losses.
@@ -97,7 +88,7 @@ def watch(path):
     console = Console(markup=False, highlight=False, emoji=False)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by an exception, so that the terminal is restored
     try:
-        if look(path) is None:
+        if not path.exists():
             print(f"waiting for {path}: it is not there yet (Ctrl-C stops)", file=sys.stderr)
         with Live(console=console, auto_refresh=False) as live:
             for run, quiet, last in follow(path):

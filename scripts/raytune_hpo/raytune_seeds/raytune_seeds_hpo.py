@@ -25,7 +25,7 @@ import run_state
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
-from read_run import lowest_losses, settings_of
+from read_run import events_of, lowest_losses, settings_of, show
 
 SAME = ("MODEL_NAME", "SQUAD_DATA", "TRAIN_SAMPLES", "EVAL_SAMPLES", "CHAT_TEMPLATE", "NUM_EPOCHS",
         "WORKERS_PER_TRIAL", "PRECISION", "SEED")  # what a loss depends on, beside the hyperparameters
@@ -40,20 +40,17 @@ def search_again(best, seeds):
         space["train_loop_config"]["seed"] = tune.randint(0, 2**31)
         return space
 
-    def search_algorithm(s):
-        trials = [config | {"seed": s.SEED + i} for _, config in best for i in range(seeds)]
-        return BasicVariantGenerator(points_to_evaluate=[{"train_loop_config": config} for config in trials])
-
-    lesson.search_space, lesson.search_algorithm = search_space, search_algorithm
+    lesson.search_space = search_space
+    lesson.search_algorithm = lambda s: BasicVariantGenerator(points_to_evaluate=[
+        {"train_loop_config": config | {"seed": s.SEED + i}} for _, config in best for i in range(seeds)])
     lesson.scheduler = lambda s: FIFOScheduler()
 
 
 # ---- What is trained again ---------------------------------------------------------------------------------
 def chosen(s, run_dir):
     """What asked() gives; of a run that is continued, what it gave then."""
-    for event in run_state.read_record(run_dir):
-        if event["event"] == "repeats":
-            return event["best"], event["seeds"]
+    for event in events_of(run_dir, "repeats"):
+        return event["best"], event["seeds"]
     best, seeds = asked(s)
     run_dir.mkdir(parents=True, exist_ok=True)
     run_state.record(run_dir, "repeats", best=best, seeds=seeds)
@@ -62,23 +59,23 @@ def chosen(s, run_dir):
 
 def asked(s):
     """([(loss, configuration)] of the best trials of REPEAT, number of seeds). Ends the script on bad input."""
-    text, given = os.environ.get("SEEDS", "3"), os.environ.get("REPEAT", "")
+    text, folder = os.environ.get("SEEDS", "3"), os.environ.get("REPEAT", "")
     if not text.isdecimal() or not 1 <= int(text) <= 1000:
         sys.exit(f"ERROR: SEEDS={text!r}: set a whole number from 1 to 1000")
-    seeds, folder = int(text), Path(given)
+    seeds = int(text)
     if s.NUM_SAMPLES % seeds:
         sys.exit(f"ERROR: NUM_SAMPLES='{s.NUM_SAMPLES}': set a multiple of SEEDS={seeds}, such as {3 * seeds}")
     if not (saved := settings_of(folder)):
-        sys.exit(f"ERROR: REPEAT={given!r}: not the run folder of a search; set one such as runs/12345")
+        sys.exit(f"ERROR: REPEAT={folder!r}: not the run folder of a search; set one such as runs/12345")
     then = vars(lesson.read_settings(saved))
     for name in SAME:
         if then[name] != getattr(s, name):
-            said = f"the search in {given} had {str(then[name])!r}; set that"
-            sys.exit(f"ERROR: {name}={str(getattr(s, name))!r}: {said}")
+            given, searched = str(getattr(s, name)), str(then[name])
+            sys.exit(f"ERROR: {name}={given!r}: the search in {folder} had {searched!r}; set that")
     found = lowest_losses(folder)
     if len(found) < s.NUM_SAMPLES // seeds:
-        why = f"{given} has {len(found)} trials with a loss; set at most {len(found) * seeds}"
-        sys.exit(f"ERROR: NUM_SAMPLES='{s.NUM_SAMPLES}': {why}")
+        sys.exit(f"ERROR: NUM_SAMPLES='{s.NUM_SAMPLES}': {folder} has {len(found)} trials with a loss; set at most "
+                 f"{len(found) * seeds}")  # fmt: skip
     return found[: s.NUM_SAMPLES // seeds], seeds
 
 
@@ -88,14 +85,14 @@ def compare(best, seeds, again):
 
     best: [(loss in the search, configuration)]; again: [(loss, configuration with its seed)].
     """
-    losses = [[x for x, other in again if other == config | {"seed": other["seed"]}] for _, config in best]
-    losses = [each or [math.inf] for each in losses]  # if it diverged with every seed
+    losses = [[x for x, other in again if other == config | {"seed": other["seed"]}]
+              or [math.inf] for _, config in best]  # if it diverged with every seed
     means = [statistics.mean(each) for each in losses]
     spreads = [statistics.stdev(each) if len(each) > 1 else math.nan for each in losses]
     yield f"{len(best)} configuration(s), {seeds} seed(s) each; lowest eval_loss:"
     yield "in the search  mean     spread   lowest   highest"
     for (loss, config), mean, spread, each in zip(best, means, spreads, losses, strict=True):
-        drawn = " ".join(f"{name}={x:.3g}" if isinstance(x, float) else f"{name}={x}" for name, x in config.items())
+        drawn = " ".join(f"{name}={show(x)}" for name, x in config.items())
         yield f"{loss:<13.5f}  {mean:<7.5f}  {spread:<7.5f}  {min(each):<7.5f}  {max(each):<7.5f}  {drawn}"
     if len(best) > 1:
         order = sorted(range(len(best)), key=means.__getitem__)
