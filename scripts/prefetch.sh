@@ -41,8 +41,10 @@ settings=$(python "$CHECK" --get MODEL_NAME SQUAD_DATA)      # checks all variab
     fail "FOLDER='$FOLDER': cannot be made or written to; give another one"
 FOLDER=$(CDPATH="" cd "$FOLDER" && pwd)
 exec 9>"$FOLDER/.lock"                                       # two at once take turns, if the file system has locks
-flock --nonblock -E 75 9 2>/dev/null || (($? != 75)) || echo "waiting for another prefetch.sh that fills $FOLDER" >&2
-flock 9 2>/dev/null || true
+flock --nonblock -E 75 9 2>/dev/null || (($? != 75)) || {
+    echo "waiting for another prefetch.sh that fills $FOLDER, at most an hour" >&2
+    flock --wait 3600 9 || fail "FOLDER='$FOLDER': another prefetch.sh has been filling it for an hour; wait for its end, or end it"
+}
 paths=$(python "$REPO/scripts/prefetch.py" "$MODEL_NAME" "$SQUAD_DATA" "$FOLDER")
 { read -r MODEL_NAME; read -r SQUAD_DATA; } <<<"$paths"
 export MODEL_NAME SQUAD_DATA HF_HUB_OFFLINE=1
