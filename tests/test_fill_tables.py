@@ -294,9 +294,9 @@ def test_the_status_of_a_trial_follows_from_its_events(tmp_path):
     assert found["Table 2"][4]["Runtime (s)"] == "20" and found["Table 1"][0]["Total Job Time"] == "-"
     assert found["Table 3"][0]["Best Eval Loss"] == "1.8" and "14 of 30 (6 trials x 5 epochs) so far." in text
     assert "_ab_00001): FAILED: OutOfMemoryError: CUDA" in text and "at epoch 2: the loss became NaN" in text
-    again = [trial(5, 3.0, 2.0, 1.5, start=200), finished(300, 1)]
-    found, text = fill(keep(tmp_path, *parts, *again))
-    assert [row["Status"] for row in found["Table 2"]][4:] == ["cut off", "stopped by ASHA"]
+    median = [event(199, "search", scheduler="MedianStoppingRule", continues=True)]
+    found, text = fill(keep(tmp_path, *parts, median, trial(5, 3.0, 2.0, 1.5, start=200), finished(300, 1)))
+    assert [row["Status"] for row in found["Table 2"]][4:] == ["cut off", "stopped by MedianStoppingRule"]
     assert found["Table 2"][5]["Epochs"] == "3" and "Partial: the job ended early (failed, exit status 1)." in text
 
 

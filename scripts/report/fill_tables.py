@@ -120,8 +120,8 @@ def trial_rows(runs):
     for run in runs:
         for t in run.trials.values():
             values = [t.params.get(name) for name in (*TITLES, *extra)]
-            yield [t.id, *values[:3], t.last, t.clock(), *values[3:], t.status, t.epochs, t.best(),
-                   run.job, t.name, t.cause]
+            yield [t.id, *values[:3], t.last, t.clock(), *values[3:], t.status.replace("ASHA", run.scheduler), t.epochs,
+                   t.best(), run.job, t.name, t.cause]
 
 
 def run_rows(runs):
