@@ -12,8 +12,8 @@ REPO=$(CDPATH="" cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$REPO"
 # Settings of the person who runs the tests must not reach them.
 unset LR_LOWER LR_UPPER BS_CHOICES WD_CHOICES WORKER_NODES NUM_SAMPLES NUM_EPOCHS MODEL_NAME SQUAD_DATA \
-    TRAIN_SAMPLES EVAL_SAMPLES WORKERS_PER_TRIAL CPUS_PER_WORKER GPUS_PER_WORKER PRECISION SEARCH_SCRIPT \
-    WORKER_DEADLINE SEED RESUME NODE_ADDRESS "${!MINI_SLURM_@}" "${!RAY_@}" "${!SLURM_@}" "${!SBATCH_@}"
+    TRAIN_SAMPLES EVAL_SAMPLES CHAT_TEMPLATE WORKERS_PER_TRIAL CPUS_PER_WORKER GPUS_PER_WORKER MEMORY_PER_WORKER PRECISION \
+    SEARCH_SCRIPT WORKER_DEADLINE SEED RESUME NODE_ADDRESS "${!MINI_SLURM_@}" "${!RAY_@}" "${!SLURM_@}" "${!SBATCH_@}"
 
 bash scripts/setup_env.sh
 
@@ -33,4 +33,4 @@ fi
 git ls-files -z '*.sh' '*.slurm' .ci/run | xargs -0 shellcheck -x
 # Two files at a time: much of it is waiting. Those that take longest first, so that at the end both are busy.
 exec .venv/bin/python -m pytest -p no:cacheprovider -n 2 --dist loadfile --no-loadscope-reorder "$@" \
-    tests/test_{run,faults,exercises,fast_trials,neighbours,training,nobody_let_in}.py tests/test_*.py
+    tests/test_{run,faults,exercises,fast_trials,architectures,neighbours,training,nobody_let_in}.py tests/test_*.py

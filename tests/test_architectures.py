@@ -48,7 +48,8 @@ def make(kind, folder):
     config = hf.AutoConfig.for_model(kind, vocab_size=len(tokenizer), **SHAPE, **ids)
     hf.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
     for split, rows in ROWS.items():
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        lines = "\r\n".join(map(json.dumps, rows))  # as Windows writes them
+        (folder / f"{split}.jsonl").write_text(f"\ufeff{lines}\n\n", encoding="utf-8", newline="")
     return COMMON | {"MODEL_NAME": f"{folder}/base", "SQUAD_DATA": f"{folder}", "CHAT_TEMPLATE": f"{kind == 'qwen3':d}"}
 
 

@@ -175,17 +175,6 @@ def test_bad_input_of_ask_is_one_line(kept, tmp_path, monkeypatch, samples, trai
     assert run.returncode == 2 and re.fullmatch(f"ERROR: .*{said}.*\n", run.stderr) and not run.stdout
 
 
-def test_prompts_of_jsonl_files_are_learned_as_they_are(tmp_path, demo, hpo):
-    lines = [json.dumps({"prompt": f"{i} + {i} =", "answer": str(2 * i)}) for i in range(6)]
-    for name in ("train", "dev"):
-        (tmp_path / f"{name}.jsonl").write_text("\ufeff" + "\r\n".join(lines) + "\n\n", encoding="utf-8", newline="")
-    variables = {"MODEL_NAME": f"{demo}/model", "SQUAD_DATA": str(tmp_path), "TRAIN_SAMPLES": "6", "EVAL_SAMPLES": "4"}
-    tokenizer = AutoTokenizer.from_pretrained(demo / "model")
-    rows = hpo.load_squad(hpo.read_settings(variables))[0]
-    texts = {tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows}
-    assert texts == {f"{i} + {i} = {2 * i}" for i in range(6)}
-
-
 @pytest.mark.parametrize("text, said", [
     (b'{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n', "line 2"), (b'{"prompt": "a", "answer": 3}\n', "line 1"),
     (b'\n\n["prompt", "answer"]\n', "line 3"), (b'{"prompt": "a", "answer": "b"}\n\xff\n', "line 2: is not UTF-8"),
