@@ -110,13 +110,14 @@ esac
 
 def test_trials_that_diverge_raise_or_run_out_of_memory_end_alone(course, demo):
     """An infinite rate; a batch size of 0; an allocation that no machine can serve; a process that the kernel kills."""
-    rate = 'lambda spec: math.inf if spec.config["train_loop_config"]["per_device_bs"] == 8 else 1e-2'
-    hurt = '    config["per_device_bs"] == 7 and torch.empty(1 << 55)\n'
+    hurt = '    config["per_device_bs"] == 8 and config.update(lr=math.inf)\n'
+    hurt += '    config["per_device_bs"] == 1 and config.update(per_device_bs=0)\n'
+    hurt += '    config["per_device_bs"] == 7 and torch.empty(1 << 55)\n'
     hurt += '    config["per_device_bs"] == 9 and os.kill(os.getpid(), 9)\n'
     replace(
         course.parents[3] / SCRIPT.relative_to(REPO),
-        ('"per_device_bs": tune.choice(s.BS_CHOICES)', '"per_device_bs": tune.grid_search([0, 7, 8, 2, 4, 9])'),
-        ("tune.loguniform(s.LR_LOWER, s.LR_UPPER)", f"tune.sample_from({rate})"),
+        ('"per_device_bs": tune.choice(s.BS_CHOICES)', '"per_device_bs": tune.grid_search([1, 7, 8, 2, 4, 9])'),
+        ("tune.loguniform(s.LR_LOWER, s.LR_UPPER)", "tune.sample_from(lambda config: 1e-2)"),
         ("    fine_tune(config, s, *ray.get(data)", hurt + "    fine_tune(config, s, *ray.get(data)"),
     )
     status, log = quickstart(course, **demo_run(demo, NUM_SAMPLES="1", NUM_EPOCHS="2"))

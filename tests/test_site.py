@@ -177,7 +177,7 @@ def test_trials_get_what_a_container_allows(tmp_path, monkeypatch, cgroup, files
 def test_the_memory_of_trials_bounds_them_as_cpus_do_and_the_log_says_so():
     node = "look_at_node() { CPUS=32 GPUS=0 Gw=0 MEMORY=16 NODE=node; }; measure_node; echo ${OFFER[*]}"
     settings = {"WORKERS_PER_TRIAL": "2", "CPUS_PER_WORKER": "1", "PATH": f"{REPO}/.venv/bin:{os.environ['PATH']}"}
-    _, (line, offer) = shell(node, PARAMETERS="50000000", **settings)
+    _, (line, offer) = shell(node, MODEL_PARAMETERS="50000000", **settings)
     assert line.endswith("this node: node, 4 trial(s) at once, for one takes 2*1.7 of 15 GiB (MEMORY_PER_WORKER)")
     assert offer == '--num-cpus=8 --num-gpus=0 --resources={"trial_slot": 4}'
     status, (error,) = shell(f"on_slurm() {{ true; }}; {node}", MEMORY_PER_WORKER="9", **settings)

@@ -97,10 +97,10 @@ RECORD = "NumNodes=1 NumCPUs={} NumTasks=1 OverSubscribe={} {}"
 @pytest.mark.parametrize("record, variables, told, status", [
     (RECORD.format(20, "OK", EIGHT), {}, "capacity: 4 trial(s)", 0),
     (RECORD.format(20, "OK", "TresPerNode=gres:gpu:v100:4"), {}, "capacity: 2 trial(s)", 0),
-    (RECORD.format(20, "OK", ""), {}, "capacity: 4 trial(s)", 0),
+    (RECORD.format(20, "OK", ""), {}, "T*W*Gw = 4*2*0 = 0 <= Gnode = 0: holds", 0),  # the head reads Gw there
     (RECORD.format(20, "OK", ""), {"GPUS_PER_WORKER": "1"}, "does not fit on a node with 20 CPUs and 0 GPUs", 1),
     (RECORD.format(20, "OK", f"{EIGHT} TRES=cpu=20,mem=40G"), {"MEMORY_PER_WORKER": "6"}, "capacity: 3 trial(s)", 0),
-    (RECORD.format(20, "OK", f"{EIGHT} ReqTRES=mem=4000M"), {"PARAMETERS": "559214592"},
+    (RECORD.format(20, "OK", f"{EIGHT} ReqTRES=mem=4000M"), {"MODEL_PARAMETERS": "559214592"},
      "MEMORY_PER_WORKER=5.1) does not fit on a node with 20 CPUs, 3.91 GiB and 8 GPUs", 1),
     (RECORD.format(1, "NO", ""), {}, "it counts them when it starts", 0),
 ])  # fmt: skip

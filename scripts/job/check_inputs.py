@@ -17,13 +17,13 @@ import gc
 import importlib.util
 import itertools
 import json
+import logging
 import os
 import re
 import shlex
 import socket
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +50,7 @@ LIMITS = {  # name: (lowest, highest); the first three need not be whole numbers
 MAY_CHANGE = ("WORKER_NODES", "CPUS_PER_WORKER", "MEMORY_PER_WORKER", "WORKER_DEADLINE")
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
          "HF_HUB_VERBOSITY": "error", "DATASETS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}  # fmt: skip
+TRY_SECONDS = 300  # for a small model to train with all that differs in twenty draws
 HUB_SECONDS = 10  # after which the hub counts as out of reach
 INDEX = "model.safetensors.index.json"  # of weights in several files
 TOKENIZERS = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"}
@@ -428,8 +429,10 @@ def values_problems(space):
         further = {name: value for name, value in drawn.items() if name not in {*ours, *NOT_TRIED}}
         differ[repr([value for value in further.values() if not isinstance(value, float)])] = further
     if not problems and any(differ.values()):  # in a process of its own, which it changes
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            problems = pool.submit(trained, list(differ.values())).result()
+        names = sorted(space["train_loop_config"])
+        too_long = f"does not train within {TRY_SECONDS} s; draw something else, or see whether this machine is busy"
+        with told(problems, "search space", names, too_long), get_context("spawn").Pool(1) as pool:
+            problems += pool.apply_async(trained, [list(differ.values())]).get(TRY_SECONDS)
     return sorted(set(problems))
 
 
@@ -461,7 +464,7 @@ def as_text(value):
 def export_lines(s):
     """For a shell. GPUS_PER_WORKER that is not set means 1, and 0 on nodes without GPUs."""
     names = [name for name in lesson.VARIABLES if name != "GPUS_PER_WORKER" or s.gpus_required]
-    further = {"SEARCH_SCRIPT": s.search_script, "PARAMETERS": s.parameters}  # the latter for worker_capacity.py
+    further = {"SEARCH_SCRIPT": s.search_script, "MODEL_PARAMETERS": s.parameters}  # the latter for worker_capacity.py
     values = {name: getattr(s, name) for name in names} | {name: x for name, x in further.items() if x}
     return [f"export {name}={shlex.quote(as_text(value))}" for name, value in values.items()]
 
@@ -487,4 +490,5 @@ def main():
 
 if __name__ == "__main__":
     gc.disable()  # it takes a fifth of the time, and finds nothing
+    logging.disable(logging.WARNING)  # of libraries; the log is for students
     sys.exit(main())

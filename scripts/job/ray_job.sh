@@ -119,7 +119,7 @@ begin_record() {                                       # begin_record KIND: from
     RECORD=$RUN_DIR/events.jsonl
     AT=$MOMENT record started job "$JOB" script "$SCRIPT" log "$LOG" start "$TEXT" kind "$1"
     while IFS='= ' read -r _ name _; do                # export NAME=...
-        [[ $name == @(SEARCH_SCRIPT|PARAMETERS) ]] || pairs+=("$name" "${!name}")
+        [[ $name == @(SEARCH_SCRIPT|MODEL_PARAMETERS) ]] || pairs+=("$name" "${!name}")
     done <<<"$SETTINGS"
     record settings "${pairs[@]}"
     recorded settings "$RUN_DIR" || fail "$(no_room "$RUN_DIR")"

@@ -97,7 +97,7 @@ def main():
             return 0
     if a.Mw is None:
         known = env("MEMORY_PER_WORKER", "auto")
-        a.Mw = float(known) if known != "auto" else memory_of_worker(int(env("PARAMETERS", "0")), a.W, a.Gw)
+        a.Mw = float(known) if known != "auto" else memory_of_worker(int(env("MODEL_PARAMETERS", "0")), a.W, a.Gw)
     T = trials_at_once(a.W, a.Cw, a.Gw, a.Csys, a.Cnode, a.Gnode, a.Mw, a.Mnode)
     if a.slots:
         why = f" , for one takes {a.W}*{a.Mw:.2g} of {a.Mnode - MSYS:.3g} GiB (MEMORY_PER_WORKER)"
@@ -110,7 +110,7 @@ def main():
         (t * a.W * a.Gw, f"T*W*Gw = {t}*{a.W}*{a.Gw}", "Gnode", a.Gnode),
         (MSYS + t * a.W * a.Mw, f"Msys + T*W*Mw = {MSYS:g} + {t}*{a.W}*{a.Mw:.2g}", "Mnode", a.Mnode),
     ):
-        if limit == a.Mnode == 0:
+        if right == "Mnode" and not limit:
             continue  # not known
         sign, verdict = ("<=", "holds") if left <= limit else (">", "DOES NOT HOLD")
         print(f"  {terms} = {left:.4g} {sign} {right} = {limit:.4g}: {verdict}")
