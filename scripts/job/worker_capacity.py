@@ -99,9 +99,10 @@ def main():
         known = env("MEMORY_PER_WORKER", "auto")
         a.Mw = float(known) if known != "auto" else memory_of_worker(int(env("MODEL_PARAMETERS", "0")), a.W, a.Gw)
     T = trials_at_once(a.W, a.Cw, a.Gw, a.Csys, a.Cnode, a.Gnode, a.Mw, a.Mnode)
+    by_memory = T < trials_at_once(a.W, a.Cw, a.Gw, a.Csys, a.Cnode, a.Gnode)
     if a.slots:
         why = f" , for one takes {a.W}*{a.Mw:.2g} of {a.Mnode - MSYS:.3g} GiB (MEMORY_PER_WORKER)"
-        print(f"{T}{why if T < trials_at_once(a.W, a.Cw, a.Gw, a.Csys, a.Cnode, a.Gnode) else ''}")
+        print(f"{T}{why if by_memory else ''}")
         return 0
     print(f"capacity: {T} trial(s) at once on a node, {T * a.nodes} on {a.nodes} node(s)")
     t = max(T, 1)  # if none fits, the inequality that one trial breaks
@@ -121,7 +122,7 @@ def main():
     print(f"  bound by {bound}: one more trial needs {' and '.join(needs.values())} a node")
     if T == 0:
         asked = f"WORKERS_PER_TRIAL={a.W} CPUS_PER_WORKER={a.Cw} GPUS_PER_WORKER={a.Gw}"
-        asked, has = (f"{asked} MEMORY_PER_WORKER={a.Mw:.2g}", f", {a.Mnode:.3g} GiB") if a.Mnode else (asked, "")
+        asked, has = (f"{asked} MEMORY_PER_WORKER={a.Mw:.2g}", f", {a.Mnode:.3g} GiB") if by_memory else (asked, "")
         print(f"ERROR: one trial ({asked}) does not fit on a node with {a.Cnode} CPUs{has} and {a.Gnode} GPUs; "
               "lower these, or ask Slurm for larger nodes")
         return 1

@@ -81,9 +81,9 @@ def scheduler(s):
 def search_algorithm(s):
     return BasicVariantGenerator(random_state=s.SEED)  # draws at random
 
-TRAINING_ARGUMENT = {  # our names of hyperparameters: the Trainer's; warmup_steps below 1 are a share of all
+TRAINING_ARGUMENT = {  # our names of hyperparameters: the Trainer's
     "lr": "learning_rate", "per_device_bs": "per_device_train_batch_size", "wd": "weight_decay",
-    "warmup_ratio": "warmup_steps"}
+    "warmup_ratio": "warmup_steps"}  # below 1 the Trainer reads it as a share of all steps
 
 # ---- Data: SQuAD questions -> token ids, once per run ------------------------------------------------------
 def load_squad(s):
@@ -177,19 +177,19 @@ def fine_tune(drawn, s, train_rows, eval_rows, callbacks=()):
         "output_dir": "/tmp", "remove_unused_columns": False,
     }
     named = {TRAINING_ARGUMENT.get(n, n): x.tolist() if hasattr(x, "tolist") else x for n, x in drawn.items()}
-    arguments = transformers.TrainingArguments(**(fields | named))  # before the model: ZeRO-3 splits it
+    args = transformers.TrainingArguments(**(fields | named))  # before the model: ZeRO-3 splits it
     torch.manual_seed(s.SEED)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         s.MODEL_NAME, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+    accepted = tuple(inspect.signature(model.forward).parameters)
     trainer = transformers.Trainer(
-        model, arguments, train_dataset=train_rows, eval_dataset=eval_rows, callbacks=list(callbacks),
-        data_collator=lambda rows: collate(rows, inspect.signature(model.forward).parameters),
+        model, args, train_dataset=train_rows, eval_dataset=eval_rows, callbacks=list(callbacks),
+        data_collator=lambda rows: collate(rows, accepted),
         preprocess_logits_for_metrics=answer_losses,
         compute_metrics=lambda p: {"answer_loss": p.predictions[:, 0].sum() / p.predictions[:, 1].sum()},
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    train_it = (library_fixes or transformers.Trainer).train
-    train_it(trainer, resume_from_checkpoint=arguments.resume_from_checkpoint)
+    (library_fixes or transformers.Trainer).train(trainer, resume_from_checkpoint=args.resume_from_checkpoint)
 
 def answer_losses(logits, labels):
     """[b, k, vocabulary], [b, k] -> [b, 2]: each row's loss, summed over its answer tokens; their number."""
