@@ -411,7 +411,7 @@ def names_problems(drawn):
         if name not in fields:
             (nearest,) = difflib.get_close_matches(name, fields, 1, cutoff=0)
             problems.append(f"search space: {name!r} is no hyperparameter; remove it, or did you mean {nearest!r}?")
-        elif (other := lesson.TRAINING_ARGUMENT.get(name)) in drawn:
+        elif (other := lesson.TRAINING_ARGUMENT.get(name)) in {*drawn} - {name}:
             problems.append(f"search space: {name!r} and {other!r} are the same hyperparameter; remove one")
     return problems
 
