@@ -109,7 +109,7 @@ def main():
     for left, terms, right, limit in (
         (a.Csys + t * a.W * a.Cw, f"Csys + T*W*Cw = {a.Csys} + {t}*{a.W}*{a.Cw}", "Cnode", a.Cnode),
         (t * a.W * a.Gw, f"T*W*Gw = {t}*{a.W}*{a.Gw}", "Gnode", a.Gnode),
-        (MSYS + t * a.W * a.Mw, f"Msys + T*W*Mw = {MSYS:g} + {t}*{a.W}*{a.Mw:.2g}", "Mnode", a.Mnode),
+        (round(MSYS + t * a.W * a.Mw, 1), f"Msys + T*W*Mw = {MSYS:g} + {t}*{a.W}*{a.Mw:.2g}", "Mnode", a.Mnode),
     ):
         if right == "Mnode" and not limit:
             continue  # not known
