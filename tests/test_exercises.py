@@ -126,8 +126,8 @@ def test_a_sampler_that_learns_another_halving_another_hyperparameter_and_lora(s
 
 
 def test_a_second_worker_joins_and_the_first_is_killed(slurm, course, demo):
-    """5 and 7. One trial a node, long enough for all this to happen."""
-    student = Student(slurm, course, demo, NUM_EPOCHS="6", TRAIN_SAMPLES="160", NUM_SAMPLES="3")
+    """5 and 7. One trial a node, so long that the head looks at the queue (every ten seconds) before it ends."""
+    student = Student(slurm, course, demo, NUM_EPOCHS="6", TRAIN_SAMPLES="1000", NUM_SAMPLES="3")
     (block,) = fenced(exercise(5), "bash")
     added = re.search(r"Submitted batch job (\d+)", student.types(block))[1]
     job = student.shell["job"]
