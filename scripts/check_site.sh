@@ -170,7 +170,7 @@ while True: server.accept()[0].sendall(sys.argv[2].encode())'
 check_address() {                                            # others can call it only if it is one of this node's
     local address said=$RUN_DIR/listen-$ROLE
     address=$(node_address 2>/dev/null)
-    (owned python -c "$LISTEN" "$address" "$ROLE of ${RUN_DIR##*/}" >"$RUN_DIR/port-$ROLE" 2>"$said")
+    (owned timeout 30 python -c "$LISTEN" "$address" "$ROLE of ${RUN_DIR##*/}" >"$RUN_DIR/port-$ROLE" 2>"$said")
     verdict $? "address: others reach $address, this node has $(hostname -I)" "$(<"$said")" "NODE_ADDRESS $IN_SITE"
 }
 

@@ -40,6 +40,7 @@ SQUADS = {  # folder: its train-v1.1.json; None: no such file
     "too deep": b"[" * 100_000,
 }
 INDEX = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+WORDS = b'{"model": {"type": "WordLevel", "vocab": {"<unk>": 0, "</s>": 2}, "unk_token": "<unk>"}, "added_tokens": []}'
 MODELS = {  # folder: what is changed in the model's files (None: taken out; a dict: merged into it), the line's part
     "no config": ({"config.json": None}, "`model_type` key in its config.json"),
     "wrong size": ({"config.json": {"vocab_size": "many"}}, "vocab_size"),
@@ -60,6 +61,8 @@ MODELS = {  # folder: what is changed in the model's files (None: taken out; a d
     "other shape": ({"config.json": {"vocab_size": 2000}},
                     "1 of its weights, such as transformer.word_embeddings.weight, are missing or have another shape"),
     "adapter": ({"adapter_config.json": {}}, "is an adapter .adapter_config.json.; merge it into its base model"),
+    "marian": ({"config.json": {"model_type": "marian"}}, "marian is not a causal language model"),
+    "letters": ({"tokenizer.json": WORDS}, "its tokenizer does not know the letters of SQUAD_DATA"),
     "recurrent": ({"config.json": {"model_type": "rwkv"}}, "rwkv is not a causal language model that can be trained"),
     "short": ({"config.json": {"max_position_embeddings": 64}}, "reads at most 64 tokens, and rows have up to"),
     "no eos": ({"tokenizer_config.json": {"eos_token": None}}, "no end-of-sequence token; set eos_token"),

@@ -103,6 +103,13 @@ def test_a_batch_gives_the_loss_of_its_rows_whatever_the_padding_and_trimming(hp
     assert loss_of(model, full) == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_loss_is_found_in_whatever_a_model_returns(hpo):
+    """Such as Mixtral's losses of its routers, before the logits."""
+    logits, labels = torch.randn(2, 3, 5), torch.tensor([[-100, 1, 2], [-100, -100, 4]])
+    both = hpo.answer_losses((torch.tensor(0.1), logits, ((logits,),)), labels)
+    assert torch.equal(both, hpo.answer_losses(logits, labels)) and both[:, 1].tolist() == [2, 1]
+
+
 SHAPES = ({"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
            "intermediate_size": 64, "head_dim": 8},
           {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4})  # fmt: skip

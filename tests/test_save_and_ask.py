@@ -135,6 +135,8 @@ def test_answers_and_losses_do_not_depend_on_the_batch(kept, monkeypatch):
         found.append((model.answers(rows), torch.tensor(model.losses(rows))))
     for answers, losses in found[1:]:
         assert answers == found[0][0] and torch.allclose(losses, found[0][1], atol=1e-5)
+    model.model.generation_config.no_repeat_ngram_size = 1  # nor on what the model brings along
+    assert model.answers(rows) == found[0][0]
 
 
 def test_the_score_is_squads():

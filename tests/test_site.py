@@ -178,7 +178,7 @@ def test_the_memory_of_trials_bounds_them_as_cpus_do_and_the_log_says_so():
     node = "look_at_node() { CPUS=32 GPUS=0 Gw=0 MEMORY=16 NODE=node; }; measure_node; echo ${OFFER[*]}"
     settings = {"WORKERS_PER_TRIAL": "2", "CPUS_PER_WORKER": "1", "PATH": f"{REPO}/.venv/bin:{os.environ['PATH']}"}
     _, (line, offer) = shell(node, MODEL_PARAMETERS="50000000", **settings)
-    assert line.endswith("this node: node, 4 trial(s) at once, for one takes 2*1.7 of 15 GiB (MEMORY_PER_WORKER)")
+    assert line.endswith("this node: node, 4 trial(s) at once: a trial takes 2*1.7 of 15 GiB (MEMORY_PER_WORKER)")
     assert offer == '--num-cpus=8 --num-gpus=0 --resources={"trial_slot": 4}'
     status, (error,) = shell(f"on_slurm() {{ true; }}; {node}", MEMORY_PER_WORKER="9", **settings)
     assert status == 1 and "no trial fits on this node" in error and "2*9 of 15 GiB" in error
@@ -194,6 +194,13 @@ def test_a_limit_that_no_program_names_is_named(limit, command, said):
     path = f"{REPO}/.venv/bin:{os.environ['PATH']}"
     _, (line,) = shell(command, within=limit, PATH=path, NODE_ADDRESS="127.0.0.1")
     assert re.fullmatch(said, line)
+
+
+def test_a_path_with_a_space_is_refused_before_anything_is_installed(tmp_path):
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b/scripts").symlink_to(REPO / "scripts")
+    run = subprocess.run(["bash", tmp_path / "a b/scripts/setup_env.sh"], text=True, check=False, capture_output=True)
+    assert run.returncode == 1 and re.fullmatch("ERROR: .*/a b: Ray does not start .*; rename or move .*\n", run.stderr)
 
 
 def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, demo):

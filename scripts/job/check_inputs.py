@@ -420,24 +420,31 @@ def values_problems(space):
     """Of twenty draws. If they have more than the lesson's own names, a model of two layers trains with each."""
     from ray.tune.search.variant_generator import generate_variants
 
-    ours, problems, differ = {"lr": "LR_LOWER", "per_device_bs": "BS_CHOICES", "wd": "WD_CHOICES"}, [], {}
+    limits, problems, differ = {"lr": "LR_LOWER", "per_device_bs": "BS_CHOICES", "wd": "WD_CHOICES"}, [], {}
     for _, variant in itertools.chain.from_iterable(generate_variants(space) for _ in range(20)):
         drawn = variant["train_loop_config"]
-        for name in ours.keys() & drawn:
+        for name in limits.keys() & drawn:
             with told(problems, f"search space: {name}", drawn[name]):
-                read_number(ours[name], str(drawn[name]))
-        further = {name: value for name, value in drawn.items() if name not in {*ours, *NOT_TRIED}}
+                read_number(limits[name], str(drawn[name]))
+        further = {name: value for name, value in drawn.items() if name not in {*limits, *NOT_TRIED}}
         differ[repr([value for value in further.values() if not isinstance(value, float)])] = further
     if not problems and any(differ.values()):  # in a process of its own, which it changes
-        names = sorted(space["train_loop_config"])
-        too_long = f"does not train within {TRY_SECONDS} s; draw something else, or see whether this machine is busy"
-        with told(problems, "search space", names, too_long), get_context("spawn").Pool(1) as pool:
-            problems += pool.apply_async(trained, [list(differ.values())]).get(TRY_SECONDS)
+        spawn, names = get_context("spawn"), sorted(space["train_loop_config"])
+        ours, theirs = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=train_with, args=(list(differ.values()), theirs), daemon=True)
+        failed = "a small model does not train with it to the end; draw something else, or try again later"
+        with told(problems, "search space", names, failed):
+            process.start()
+            theirs.close()  # so that the end of the process is noticed
+            if not ours.poll(TRY_SECONDS):
+                raise TimeoutError(f"{TRY_SECONDS} s")
+            problems += ours.recv()
+        process.kill()
     return sorted(set(problems))
 
 
-def trained(draws):
-    """The problems of a training with each of these draws."""
+def train_with(draws, answer):
+    """Sends the problems of a training with each of these draws."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -453,7 +460,7 @@ def trained(draws):
         for drawn in draws:
             with told(problems, "search space", drawn, "training with it fails; draw something else"):
                 lesson.fine_tune({"lr": 1e-4, "per_device_bs": 1} | drawn, s, rows, rows[:2])
-    return problems
+    answer.send(problems)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------

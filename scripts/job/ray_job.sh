@@ -237,11 +237,12 @@ measure_node() {                                       # sets SLOTS (trials at o
     read -r SLOTS why <<<"$found"                      # why, if memory binds it
     if ((SLOTS == 0)) && ! on_slurm; then
         SLOTS=1
-        say "a trial asks for $((W * Cw)) CPUs and this machine has $CPUS$why: one trial at a time, sharing them"
+        say "${why:-a trial asks for $((W * Cw)) CPUs and this machine has $CPUS}: one trial at a time, sharing them"
+        why=""
     fi
     ((SLOTS > 0)) ||
-        fail "no trial fits on this node: it needs 2 + $W*$Cw CPUs and $W*$Gw GPUs$why; see worker_capacity.py"
-    say "this node: $NODE, $SLOTS trial(s) at once$why"
+        fail "no trial fits on this node: ${why:-it needs 2 + $W*$Cw CPUs and $W*$Gw GPUs}; see worker_capacity.py"
+    say "this node: $NODE, $SLOTS trial(s) at once${why:+: $why}"
     # shellcheck disable=SC2034  # for start_ray; Tune runs as many trials at once as there are trial_slots
     OFFER=(--num-cpus="$((SLOTS * W * Cw))" --num-gpus="$GPUS" --resources="{\"trial_slot\": $SLOTS}")
 }

@@ -101,7 +101,7 @@ def main():
     T = trials_at_once(a.W, a.Cw, a.Gw, a.Csys, a.Cnode, a.Gnode, a.Mw, a.Mnode)
     by_memory = T < trials_at_once(a.W, a.Cw, a.Gw, a.Csys, a.Cnode, a.Gnode)
     if a.slots:
-        why = f" , for one takes {a.W}*{a.Mw:.2g} of {a.Mnode - MSYS:.3g} GiB (MEMORY_PER_WORKER)"
+        why = f" a trial takes {a.W}*{a.Mw:.2g} of {a.Mnode - MSYS:.3g} GiB (MEMORY_PER_WORKER)"
         print(f"{T}{why if by_memory else ''}")
         return 0
     print(f"capacity: {T} trial(s) at once on a node, {T * a.nodes} on {a.nodes} node(s)")

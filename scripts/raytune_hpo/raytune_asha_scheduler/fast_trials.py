@@ -131,7 +131,8 @@ def failure(call):
 
 def last_words(file):
     """How a process has crashed, by its standard error: the signal, and the error named before; "" if it was killed."""
-    before, crashed, after = Path(file).read_text(errors="replace").partition("*** SIG")
+    text = Path(file).read_text(errors="replace") if os.path.isfile(file) else ""  # a terminal, or a pipe
+    before, crashed, after = text.partition("*** SIG")
     named = re.findall(r".*(?:what\(\)|\[E|[Ee]rror|bad_alloc).*", before)
     return f"SIG{after.split()[0]}{f': {named[-1].strip():.300}' if named else ''}" if crashed else ""
 
