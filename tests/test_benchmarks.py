@@ -10,6 +10,7 @@ from conftest import REPO, call, left_by, load_module, reports_of, table_of
 
 sys.path.insert(0, str(REPO / "tests/benchmarks"))
 import asha_savings
+import operations
 import scale
 
 
@@ -55,3 +56,13 @@ def test_more_than_a_hundred_trials_have_a_line_and_a_row_each_and_leave_no_proc
     assert late["processes"] <= early["processes"] + 2  # a process that Ray keeps idle may come and go
     assert not list(run.folder.glob("tune/.*.new"))
     assert left_by(run.job) == []
+
+
+def test_a_step_launches_few_kernels_and_the_losses_stay_the_same():
+    cases = [case for case in operations.CASES if case["stage"] == 2]
+    for _, case, found in operations.measure([(1, cases)]):
+        own, same, ours = found["own"], found["same"], found["ours"]
+        assert ours["launches"] <= 2000 and ours["launches"] < same["launches"] < own["launches"], case
+        assert (same["loss"], same["skipped"]) == (own["loss"], own["skipped"]), case  # in all digits, and overflows
+        assert ours["loss"] == pytest.approx(own["loss"], rel=2e-3) and ours["skipped"] == own["skipped"]
+        assert ("scale" in case) == (own["skipped"] > 0)

@@ -174,7 +174,7 @@ def fine_tune(drawn, s, train_rows, eval_rows, callbacks=()):
         "num_train_epochs": s.NUM_EPOCHS, "seed": s.SEED, "deepspeed": ds_config, "use_cpu": not gpu,
         "bf16": precision == "bf16", "fp16": precision == "fp16", "dataloader_pin_memory": gpu,
         "eval_strategy": "epoch", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
-        "output_dir": "/tmp", "remove_unused_columns": False,
+        "output_dir": "/tmp", "remove_unused_columns": False, "logging_nan_inf_filter": False,
     }
     named = {TRAINING_ARGUMENT.get(n, n): x.tolist() if hasattr(x, "tolist") else x for n, x in drawn.items()}
     args = transformers.TrainingArguments(**(fields | named))  # before the model: ZeRO-3 splits it

@@ -23,6 +23,8 @@ def attach(s, run_dir, space, tune_config, run_config):
     sys.stdout = sys.stderr  # what libraries print is not for the log
     # A failed trial has its line below and its trace in error.txt; Ray's message would repeat them.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    if (fixes := neighbour("library_fixes")) and fixes.untried():
+        say(fixes.untried())
     name = type(tune_config.scheduler).__name__
     run_config.callbacks.append(TrialLines(s, run_dir, SHORT_NAMES.get(name, name)))
     run_config.progress_reporter = FinalTable(
