@@ -127,16 +127,16 @@ check_limits() {
 }
 
 check_gpus() {                                               # and TRIALS at once, as a worker job counts them
-    local said cpus gpus Gw memory node
+    local said cpus gpus Gw memory card node
     said=$(timeout 120 python "$REPO/scripts/job/this_node.py" 2>&1) ||
         { failed "GPUs: $(last "${said:-no answer within 120 s}" | sed 's/^ERROR: //')"; return; }
-    read -r cpus gpus Gw memory node < <(last "$said")
+    read -r cpus gpus Gw memory card node < <(last "$said")
     ((gpus >= ${SLURM_GPUS_ON_NODE:-0}))
     verdict $? "GPUs: PyTorch computes on $gpus; this node: $node" "but Slurm gives ${SLURM_GPUS_ON_NODE:-0}" \
         "look at nvidia-smi" warning
     on_slurm || return                                       # without it trials may share CPUs
     said=$(python "$REPO/scripts/job/worker_capacity.py" --Cnode "$cpus" --Gnode "$gpus" --Gw "$Gw" \
-        --Mnode "$memory" 2>&1)
+        --Mnode "$memory" --Mcard "$card" 2>&1)
     TRIALS=$(grep -oP '^capacity: \K\d+' <<<"$said")
     ((${TRIALS:-0} > 0))
     verdict $? "$(head -n 1 <<<"$said")" "$said" "the CPUs and GPUs in ${WORKER##*/}"

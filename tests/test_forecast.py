@@ -90,10 +90,11 @@ def test_without_the_variable_the_newest_fitting_run_tells(search, monkeypatch, 
     monkeypatch.delenv("MINUTES_PER_EPOCH", raising=False)
     assert forecast.minutes_per_epoch(s, runs) == (
         None, "no earlier run has this model and data; to know, set MINUTES_PER_EPOCH")
-    settings = {name: str(getattr(s, name)) for name in forecast.SAME}
+    settings = {name: str(getattr(s, name)) for name in forecast.SAME} | {"GPUS_PER_WORKER": "1"}
     trials = [trial(0, *[2.0] * 5, each=60), trial(1, 3.0, each=60), trial(2, 2.0, ended=False), trial(3, error="x")]
     keep(tmp_path, started(**settings), *trials, job="1")
     keep(tmp_path, started(**settings | {"MODEL_NAME": "x"}), trial(0, 2.0), job="2")
+    keep(tmp_path, started(**settings | {"GPUS_PER_WORKER": "0.5"}), trial(0, 2.0), job="5")  # slower on half a GPU
     keep(tmp_path, started(**settings), ["{half"], job="3")
     keep(tmp_path, job="4")
     assert forecast.minutes_per_epoch(s, runs) == (1.0, "run 1")

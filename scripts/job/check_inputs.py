@@ -37,12 +37,13 @@ for package in ("ray", "torch", "transformers", "datasets", "deepspeed"):
         sys.exit(2)
 import raytune_asha_hpo as lesson
 
-LIMITS = {  # name: (lowest, highest); the first three need not be whole numbers
+LIMITS = {  # name: (lowest, highest); the first four need not be whole numbers
     "LR_LOWER": (0.0, 10.0), "LR_UPPER": (0.0, 10.0), "WD_CHOICES": (0.0, 10.0),  # a rate of 0 trains nothing
+    "GPUS_PER_WORKER": (0.0, 1.0),
     "BS_CHOICES": (1, 1024),  # a batch of 1024 samples has 512 k tokens: more than any GPU holds
     "WORKER_NODES": (1, 1000), "NUM_SAMPLES": (1, 100_000), "NUM_EPOCHS": (1, 10_000),
     "TRAIN_SAMPLES": (1, 1_000_000), "EVAL_SAMPLES": (1, 1_000_000), "TEST_SAMPLES": (1, 1_000_000),  # of ask.py
-    "WORKERS_PER_TRIAL": (1, 1024), "CPUS_PER_WORKER": (1, 1024), "GPUS_PER_WORKER": (0, 1),
+    "WORKERS_PER_TRIAL": (1, 1024), "CPUS_PER_WORKER": (1, 1024),
     "MEMORY_PER_WORKER": (0.0, 10_000.0), "WORKER_DEADLINE": (1, 1_000_000), "CHAT_TEMPLATE": (0, 1),
     "SEED": (0, 2**31 - 1),
 }  # fmt: skip
@@ -76,6 +77,9 @@ def check(environ, look_inside=True, search=True):
     for name, text in texts.items():
         with told(problems, name, text):
             setattr(s, name, read_value(name, text))
+    if 0 < s.GPUS_PER_WORKER < 1 < s.WORKERS_PER_TRIAL:
+        problems.append("GPUS_PER_WORKER={GPUS_PER_WORKER!r} WORKERS_PER_TRIAL={WORKERS_PER_TRIAL!r}: NCCL refuses two "
+                        "workers of a trial on one GPU; set WORKERS_PER_TRIAL=1".format(**texts))
     if s.LR_LOWER >= s.LR_UPPER:
         problems.append("LR_LOWER={LR_LOWER!r} LR_UPPER={LR_UPPER!r}: LR_LOWER must be the smaller".format(**texts))
     problems += [f"{name}={environ[name]!r:.500}: no such variable; did you mean {meant}? (otherwise unset {name})"
@@ -141,7 +145,9 @@ def read_number(name, text):
     above = name.startswith("LR_")
     if not low <= value <= high or (above and value == low):  # NaN is not between any two numbers
         raise InputError(f"must be {word} {'above' if above else 'at least'} {low} and at most {high}")
-    return value
+    if name == "GPUS_PER_WORKER" and 0 < value < 0.01:
+        raise InputError("is too small a share of a GPU; set 0, 1, or at least 0.01, such as 0.5")
+    return int(value) if name == "GPUS_PER_WORKER" and value in (0, 1) else value
 
 
 def read_list(name, text):

@@ -71,7 +71,7 @@ prepare_training() {                                   # every process that trai
     export PYTORCH_NVML_BASED_CUDA_CHECK=1             # asking whether there are GPUs must not initialise CUDA
     export TORCHDYNAMO_DISABLE=1                       # else DeepSpeed loads torch's compiler: 1.3 s a process
     # On CPUs glibc keeps freed memory: fresh pages took a third of a step. With GPUs, the first copy of the model, too.
-    ((${Gw:-0} > 0)) || export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1
+    [[ ${Gw:-0} != 0 ]] || export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1
     export GOMP_SPINCOUNT=1000                         # else trials that share cores can take 30 times as long
     export TOKENIZERS_PARALLELISM=false                # else it warns at every fork
     export TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1   # the log is for results

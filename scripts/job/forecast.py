@@ -29,7 +29,8 @@ from ray.tune.search.variant_generator import generate_variants
 from read_run import as_run, events_of
 
 RUNS = Path(__file__).resolve().parents[2] / "experiments/raytune/scheduler/asha/runs"
-SAME = ("MODEL_NAME", "SQUAD_DATA", "TRAIN_SAMPLES", "EVAL_SAMPLES", "WORKERS_PER_TRIAL", "PRECISION")
+SAME = ("MODEL_NAME", "SQUAD_DATA", "TRAIN_SAMPLES", "EVAL_SAMPLES", "WORKERS_PER_TRIAL", "GPUS_PER_WORKER",
+        "PRECISION")
 EPOCHS = 60_000  # simulated at most, so that it takes a second or two; a search of more epochs has no forecast
 
 
@@ -94,10 +95,12 @@ def minutes_per_epoch(s, runs=RUNS):
         if re.fullmatch(r"[0-9]*\.?[0-9]+", text) and float(text) > 0:
             return float(text), "MINUTES_PER_EPOCH"
         return None, f"MINUTES_PER_EPOCH={text!r} is not a number above 0"
+    text = lambda value: f"{value:g}" if isinstance(value, float) else str(value)
+    same = {name: (lesson.VARIABLES[name][0], text(getattr(s, name))) for name in SAME}
     for path in sorted(runs.glob("*/events.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True):
         run = as_run(path.parent, events_of(path.parent))
         known = [trial for trial in run.trials.values() if trial.runtime and trial.epochs]
-        if known and all(run.settings.get(name) == str(getattr(s, name)) for name in SAME):
+        if known and all(run.settings.get(name, default) == ours for name, (default, ours) in same.items()):
             seconds = sum(trial.runtime for trial in known) / sum(trial.epochs for trial in known)
             return seconds / 60, f"run {path.parent.name}"
     return None, "no earlier run has this model and data; to know, set MINUTES_PER_EPOCH"
@@ -123,7 +126,7 @@ def lines(s, slots, Gw):
         yield f"time and GPU-hours are not known: {source}"
         return
     unit, at_most = "GPU-" if each else "slot-", math.ceil(trials / slots) * s.NUM_EPOCHS
-    about, most = ((amount(time * minutes), amount(epochs * max(1, each) * minutes, unit))
+    about, most = ((amount(time * minutes), amount(epochs * (each or 1) * minutes, unit))
                    for time, epochs in ((wall, average), (at_most, most)))  # fmt: skip
     yield (f"about {about[0]} and {about[1]}, at most {most[0]} and {most[1]}, "
            f"at {minutes:.2g} minutes an epoch ({source})")  # fmt: skip
@@ -132,7 +135,7 @@ def lines(s, slots, Gw):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slots", type=int, default=1, metavar="N", help="trials at once (default 1)")
-    parser.add_argument("--Gw", type=int, default=1, metavar="N", help="GPUs of each worker; 0 on CPUs (default 1)")
+    parser.add_argument("--Gw", type=float, default=1, metavar="N", help="GPUs of each worker; 0 on CPUs (default 1)")
     a = parser.parse_args()
     try:
         s = check(os.environ, look_inside=False)

@@ -223,19 +223,20 @@ head_host() { sed -nE 's/^\[?([^]]*)\]?:[0-9]+$/\1/p' <<<"$HEAD_ADDRESS"; }   # 
 
 free_port() { python -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])'; }
 
-look_at_node() {                                       # sets CPUS, GPUS, MEMORY; Gw (GPUs of a trial's worker); NODE, in words
+# look_at_node: sets CPUS, GPUS, MEMORY, CARD (that of a GPU); Gw (GPUs of a trial's worker); NODE, in words
+look_at_node() {
     local found
     found=$(python "$REPO/scripts/job/this_node.py") || exit 1
-    read -r CPUS GPUS Gw MEMORY NODE <<<"$found"
+    read -r CPUS GPUS Gw MEMORY CARD NODE <<<"$found"
 }
 
 measure_node() {                                       # sets SLOTS (trials at once) and OFFER, which tells Ray, too
     local W=$WORKERS_PER_TRIAL Cw=$CPUS_PER_WORKER found why
     look_at_node
     found=$(python "$REPO/scripts/job/worker_capacity.py" --slots \
-        --Cnode "$CPUS" --Gnode "$GPUS" --Gw "$Gw" --Mnode "$MEMORY")
+        --Cnode "$CPUS" --Gnode "$GPUS" --Gw "$Gw" --Mnode "$MEMORY" --Mcard "$CARD")
     read -r SLOTS why <<<"$found"                      # why, if memory binds it
-    if ((SLOTS == 0)) && ! on_slurm; then
+    if ((SLOTS == 0)) && ! on_slurm && [[ ${why:-} != GPUS* ]]; then
         SLOTS=1
         say "${why:-a trial asks for $((W * Cw)) CPUs and this machine has $CPUS}: one trial at a time, sharing them"
         why=""
@@ -245,6 +246,35 @@ measure_node() {                                       # sets SLOTS (trials at o
     say "this node: $NODE, $SLOTS trial(s) at once${why:+: $why}"
     # shellcheck disable=SC2034  # for start_ray; Tune runs as many trials at once as there are trial_slots
     OFFER=(--num-cpus="$((SLOTS * W * Cw))" --num-gpus="$GPUS" --resources="{\"trial_slot\": $SLOTS}")
+}
+
+# share_gpus: for trials that share a GPU. They take turns on it, or compute at once by NVIDIA's MPS, where that runs. Its
+# daemon has our mark: end_owned ends it.
+share_gpus() {
+    [[ $Gw == 0.* ]] || return 0
+    local why="no nvidia-cuda-mps-control here" counted="$CPUS $GPUS" visible=${CUDA_VISIBLE_DEVICES:-} mps="$RAY_TMP/mps"
+    if [[ $NODE == *MIG* ]]; then
+        why="these are slices of a GPU"
+    elif command -v nvidia-cuda-mps-control >/dev/null; then
+        mkdir "$mps"
+        export CUDA_MPS_PIPE_DIRECTORY=$mps CUDA_MPS_LOG_DIRECTORY=$mps
+        if (owned timeout 30 nvidia-cuda-mps-control -d) >"$mps/said" 2>&1 </dev/null; then
+            # It knows the GPUs that this job sees, and counts them anew.
+            CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((GPUS - 1)))
+            export CUDA_VISIBLE_DEVICES
+            if [[ $(python "$REPO/scripts/job/this_node.py" 2>"$mps/said") == "$counted "* ]]; then
+                say "trials that share a GPU compute at the same time (MPS)"
+                return 0
+            fi
+        fi
+        why="MPS does not run here: $(tail -n 1 "$mps/said")"
+        unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY CUDA_VISIBLE_DEVICES
+        [[ -z $visible ]] || export CUDA_VISIBLE_DEVICES=$visible
+    fi
+    ! timeout 30 nvidia-smi --query-gpu=compute_mode --format=csv,noheader 2>/dev/null | grep -q Exclusive ||
+        fail "GPUS_PER_WORKER=$Gw: the GPUs of this node are in exclusive mode, for one process each, and $why;" \
+            "set GPUS_PER_WORKER=1"
+    say "trials that share a GPU take turns: $why"
 }
 
 # ---- Ray -------------------------------------------------------------------------------------------------------------

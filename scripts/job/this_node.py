@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What this node offers to trials, as far as this process may use it. The .slurm scripts ask it.
 
-    python this_node.py                # CPUs, GPUs, GPUs of each worker of a trial, GiB of memory; the node in words
+    python this_node.py                # CPUs, GPUs, GPUs of each worker of a trial, GiB of memory, of a GPU's; in words
     python this_node.py --processes    # processes and threads that may still be started; inf without a limit
     python this_node.py --address HOST...   # the address at which other nodes reach this one
     python this_node.py --why ADDRESS  # of a Ray that has ended: the cause, if it is this node; else nothing
@@ -32,7 +32,8 @@ import os, torch
 seen = sum(int(torch.ones(1, device=f"cuda:{i}").sum().item()) for i in range(torch.cuda.device_count()))
 slices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.startswith("MIG-")]
 half = "bf16" if seen and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-print(max(seen, len(slices)), half, torch.cuda.get_device_name()) if seen else print("0 fp32 ")"""
+least = min((torch.cuda.get_device_properties(i).total_memory for i in range(seen)), default=0) / 2**30
+print(max(seen, len(slices)), half, f"{least:.1f}", torch.cuda.get_device_name()) if seen else print("0 fp32 0 ")"""
 
 BUILD = """
 from torch import cuda, version
@@ -41,14 +42,14 @@ print("torch", version.__version__, "for", *cuda.get_arch_list() or ["CPUs alone
 
 
 def look():
-    """(CPUs, GPUs, GPUs of each worker, GiB, words) for the variables of a run. SystemExit if a trial finds too few."""
+    """(CPUs, GPUs, those of a worker, GiB, a GPU's, words) of a run's node. SystemExit if a trial finds too few."""
     W, precision = setting("WORKERS_PER_TRIAL", 2, 1), os.environ.get("PRECISION") or "auto"
-    gpus, half, name = find_gpus()
-    Gw = setting("GPUS_PER_WORKER", min(gpus, 1), 0)  # unless the user says so, GPUs are used where there are any
+    gpus, half, card, name = find_gpus()
+    Gw = gpus_of_worker(gpus)
     if W * Gw > gpus:
         fewer = f"WORKERS_PER_TRIAL={gpus}, or " if gpus else ""
-        fail(f"GPUS_PER_WORKER={Gw} WORKERS_PER_TRIAL={W}: a trial asks for {W * Gw} GPU(s) and this node has {gpus}; "
-             f"set {fewer}GPUS_PER_WORKER=0 to train on CPUs")
+        fail(f"GPUS_PER_WORKER={Gw:g} WORKERS_PER_TRIAL={W}: a trial asks for {W * Gw:g} GPU(s) and this node has "
+             f"{gpus}; set {fewer}GPUS_PER_WORKER=0 to train on CPUs")
     if "MIG" in name and W * Gw > 1:
         fail(f"WORKERS_PER_TRIAL={W}: slices of a GPU (MIG) cannot train one trial together; set WORKERS_PER_TRIAL=1")
     if precision == "fp16" and not Gw:
@@ -56,11 +57,11 @@ def look():
     if precision == "auto":  # as the search decides it
         precision = half if Gw else "fp32"
     cpus, memory = usable_cpus(), f"{usable_memory():.1f}"
-    return cpus, gpus, Gw, memory, f"{cpus} CPUs, {gpus} GPUs{f' ({name})' if name else ''}, {precision}"
+    return cpus, gpus, f"{Gw:g}", memory, card, f"{cpus} CPUs, {gpus} GPUs{f' ({name})' if name else ''}, {precision}"
 
 
 def find_gpus():
-    """(number, their best precision, name) of the GPUs that PyTorch can use here, not those that Slurm promises."""
+    """(number, best precision, GiB of each, name) of the GPUs that PyTorch can use, not those that Slurm promises."""
     env = os.environ
     if not importlib.util.find_spec("torch"):
         fail(f"{sys.executable} has no PyTorch; activate the course's environment in experiments/site.sh")
@@ -69,13 +70,13 @@ def find_gpus():
     if env.get("GPUS_PER_WORKER") == "0" or not driver:
         if env.get("LD_LIBRARY_PATH"):
             ask_torch("import torch")
-        return 0, "fp32", ""
-    number, half, name = ask_torch(COUNT).split(" ", 2)
+        return 0, "fp32", 0, ""
+    number, half, card, name = ask_torch(COUNT).split(" ", 3)
     # A job that asked Slurm for no GPU may use none, even on a node that has some.
     if number == "0" and Path(DRIVERS[0]).exists() and ("SLURM_JOB_ID" not in env or env.get("SLURM_GPUS_ON_NODE")):
         fail("this node has an NVIDIA driver but PyTorch sees no GPU; check with: "
              "python -c 'import torch; torch.zeros(1).cuda()', or set GPUS_PER_WORKER=0 to train on CPUs")
-    return int(number), half, name
+    return int(number), half, card, name
 
 
 def ask_torch(code):
@@ -193,6 +194,14 @@ def likely_cause(address):
         own = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout.strip()
         return f", with the address {address}, not one of this node ({own}): set NODE_ADDRESS in experiments/site.sh"
     return ""
+
+
+def gpus_of_worker(gpus):
+    """GPUS_PER_WORKER; unless the user says so, GPUs are used where there are any."""
+    text = os.environ.get("GPUS_PER_WORKER") or str(min(gpus, 1))
+    if not re.fullmatch(r"\d+|0?\.\d+", text):
+        fail(f"GPUS_PER_WORKER={text}: set 0, 1, or a share of a GPU such as 0.5")
+    return float(text)
 
 
 def setting(name, default, low):

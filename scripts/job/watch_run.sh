@@ -143,7 +143,7 @@ check_capacity() {                                     # of the first worker job
         { echo "$said"; return 1; }
     echo "$said"
     SLOTS=$(sed -nE 's/^capacity: .*, ([0-9]+) on .*/\1/p' <<<"$said")
-    Gw=$(sed -nE 's/.*T\*W\*Gw = [0-9]+\*[0-9]+\*([0-9]+) .*/\1/p' <<<"$said")
+    Gw=$(sed -nE 's/.*T\*W\*Gw = [0-9]+\*[0-9]+\*([0-9.]+) .*/\1/p' <<<"$said")
 }
 
 forecast() {                                           # of a new search by the lesson, while Ray starts

@@ -100,7 +100,7 @@ class Run:
 
     def number(self, name, default):
         text = self.settings.get(name, "")
-        return int(text) if re.fullmatch(r"\d{1,9}", text) else default
+        return (float if "." in text else int)(text) if re.fullmatch(r"\d{1,9}|\d\.\d+", text) else default
 
     def state(self):
         """In words: complete, or why not."""

@@ -1,5 +1,5 @@
 #!/bin/bash
-# What the exercise makes of this machine's GPUs: precisions, training step, memory, turnover. One table each.
+# What the exercise makes of this machine's GPUs: start, precisions, training step, sharing, memory, turnover.
 #
 #   bash tests/benchmarks/gpu.sh             # at most ten minutes; one GPU is enough, two are used
 #
@@ -23,6 +23,21 @@ python -c 'import torch, deepspeed, ray, transformers as t; print("torch", torch
 
 python -m torch.distributed.run --standalone --nproc_per_node="$W" "$REPO/tests/benchmarks/gpu.py" "$WORK" 2>"$WORK/errors" ||
     fail "gpu.py: $(grep -E '^[A-Za-z_.]*Error|^ERROR' "$WORK/errors" | tail -n 1)"
+
+echo
+echo "Trials that share the first GPU (the first of four asks for too much): each one's samples/s, and all together"
+for trials in 1 2 4 8; do
+    fits=$(MODEL_PARAMETERS=559214592 python "$REPO/scripts/job/worker_capacity.py" --slots --W 1 --Cw 1 --Cnode 100 \
+        --Gnode 1 --Mw 0 --Gw "$(python -c "print(1 / $trials)")" --Mcard "$CARD")
+    [[ $fits == "$trials" ]] || { echo "$trials: $fits"; break; }
+    for ((i = 1; i <= trials; i++)); do
+        RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=$(free_port) CUDA_VISIBLE_DEVICES=0 \
+            python "$REPO/tests/benchmarks/gpu.py" "$WORK" "$i" "$trials" >"$WORK/share-$trials-$i" 2>"$WORK/errors-$i" &
+    done
+    wait
+    awk -v n="$trials" '{ sum += $1; print n ": " $0 } END { print n ": together " sum " samples/s" }' \
+        "$WORK/share-$trials"-*
+done
 
 echo
 echo "A search with that model, three trials of up to two epochs: memory of the first card, each 0.2 s"

@@ -44,7 +44,7 @@ VARIABLES = {  # name: (default, kind; in brackets: several, separated by spaces
     "CHAT_TEMPLATE": ("0", int, "1: prompts in the chat template of the model's tokenizer"),
     "WORKERS_PER_TRIAL": ("2", int, "training processes of a trial (W)"),
     "CPUS_PER_WORKER": ("2", int, "CPUs of each (Cw)"),
-    "GPUS_PER_WORKER": ("1", int, "GPUs of each (Gw); on nodes without GPUs 0, unless set"),
+    "GPUS_PER_WORKER": ("1", float, "GPUs of each (Gw), 0.5: two share one; on nodes without GPUs 0, unless set"),
     "PRECISION": ("auto", str, "bf16, fp16, fp32; auto: bf16 if the GPU computes it, else fp16; CPUs fp32"),
     "MEMORY_PER_WORKER": ("auto", str, "GiB of memory of each (Mw); auto: estimated from the model's size"),
     "WORKER_DEADLINE": ("7200", int, "seconds to wait for a worker node before giving up"),
@@ -206,6 +206,8 @@ def train_loop_per_worker(config):
     from transformers import TrainerCallback
     s, data = config.pop("settings"), config.pop("data")
     torch.set_num_threads(min(s.CPUS_PER_WORKER, len(os.sched_getaffinity(0))))
+    if ray.get_gpu_ids() and s.GPUS_PER_WORKER < 1:  # others share it; CUDA itself takes some 600 MB
+        torch.cuda.set_per_process_memory_fraction(s.GPUS_PER_WORKER - 6e8 / torch.cuda.mem_get_info()[1])
     class TuneReportCallback(TrainerCallback):  # a report after each evaluation, so ASHA's rungs are epochs
         def on_evaluate(self, args, state, control, metrics, **kwargs):
             loss = metrics["eval_answer_loss"]  # the Trainer's own eval_loss is a mean over batches
@@ -248,13 +250,11 @@ def search(s, run_dir):
     trial = tune.with_resources(trial, {"trial_slot": 1})  # Ray Train itself asks for its CPUs and GPUs
     tune_config = tune.TuneConfig(
         num_samples=s.NUM_SAMPLES, scheduler=scheduler(s), search_alg=search_algorithm(s),
-        trial_name_creator=lambda trial: f"TorchTrainer_{trial.trial_id}", trial_dirname_creator=str,
-    )
+        trial_name_creator=lambda trial: f"TorchTrainer_{trial.trial_id}", trial_dirname_creator=str)
     run_config = tune.RunConfig(
         name="tune", storage_path=str(run_dir), verbose=1, callbacks=[],
         stop=lambda _, report: math.isnan(report["eval_loss"]) or report["epoch"] >= s.NUM_EPOCHS,
-        progress_reporter=tune.CLIReporter(max_report_frequency=30, print_intermediate_tables=True),
-    )
+        progress_reporter=tune.CLIReporter(max_report_frequency=30, print_intermediate_tables=True))
     space, make_tuner = search_space(s), tune.Tuner
     if fast_trials := neighbour("fast_trials"):  # takes the place of run_trial
         trial = fast_trials.warm(train_loop_per_worker, s, data[0], scaling, run_dir, tune_config, run_config)

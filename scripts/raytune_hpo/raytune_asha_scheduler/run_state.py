@@ -85,7 +85,8 @@ def cause_of(trial):
     text = Path(trial.error_file).read_text() if trial.error_file else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
-    return (named or lines or ["unknown"])[-1][:200]
+    cause = (named or lines or ["unknown"])[-1][:200]
+    return cause + " (MPS ends all trials of a GPU when one of them crashes there)" * ("MPS" in cause)
 
 
 # ---- The record ----------------------------------------------------------------------------------------------------
