@@ -19,13 +19,6 @@ bash "$REPO/scripts/setup_env.sh"
 export MODEL_NAME=${MODEL_NAME:-$REPO/.demo/model} SQUAD_DATA=${SQUAD_DATA:-$REPO/.demo/squad}
 export TRAIN_SAMPLES=${TRAIN_SAMPLES:-160} EVAL_SAMPLES=${EVAL_SAMPLES:-50}
 export LR_LOWER=${LR_LOWER:-1e-4} LR_UPPER=${LR_UPPER:-5e-2}
-export CPUS_PER_WORKER=${CPUS_PER_WORKER:-1}
-# shellcheck source=SCRIPTDIR/job/ray_job.sh
-source "$REPO/scripts/job/ray_job.sh"
-choose_python
-# On the only GPU a trial is trained by one worker. What is wrong with a GPU, the head script says.
-only_gpu() { (WORKERS_PER_TRIAL=1 look_at_node; [[ $Gw == 1 && ($GPUS == 1 || $NODE == *MIG*) ]]) 2>/dev/null; }
-if [[ -z ${WORKERS_PER_TRIAL:-} ]] && only_gpu; then
-    export WORKERS_PER_TRIAL=1
-fi
+# One process and one CPU, or GPU, for each trial: so many of them at once as there are.
+export WORKERS_PER_TRIAL=${WORKERS_PER_TRIAL:-1} CPUS_PER_WORKER=${CPUS_PER_WORKER:-1}
 exec bash "$REPO/experiments/raytune/scheduler/asha/head_node_raytune_asha_hpo.slurm"

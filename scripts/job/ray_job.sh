@@ -231,9 +231,10 @@ look_at_node() {
 }
 
 measure_node() {                                       # sets SLOTS (trials at once) and OFFER, which tells Ray, too
-    local W=$WORKERS_PER_TRIAL Cw=$CPUS_PER_WORKER found why
+    local W=$WORKERS_PER_TRIAL Cw=$CPUS_PER_WORKER Csys=0 found why   # on a laptop Ray's own processes share the CPUs
     look_at_node
-    found=$(python "$REPO/scripts/job/worker_capacity.py" --slots \
+    ! on_slurm || Csys=2
+    found=$(python "$REPO/scripts/job/worker_capacity.py" --slots --Csys "$Csys" \
         --Cnode "$CPUS" --Gnode "$GPUS" --Gw "$Gw" --Mnode "$MEMORY" --Mcard "$CARD")
     read -r SLOTS why <<<"$found"                      # why, if memory binds it
     if ((SLOTS == 0)) && ! on_slurm && [[ ${why:-} != GPUS* ]]; then
@@ -242,7 +243,7 @@ measure_node() {                                       # sets SLOTS (trials at o
         why=""
     fi
     ((SLOTS > 0)) ||
-        fail "no trial fits on this node: ${why:-it needs 2 + $W*$Cw CPUs and $W*$Gw GPUs}; see worker_capacity.py"
+        fail "no trial fits on this node: ${why:-it needs $Csys + $W*$Cw CPUs and $W*$Gw GPUs}; see worker_capacity.py"
     say "this node: $NODE, $SLOTS trial(s) at once${why:+: $why}"
     # shellcheck disable=SC2034  # for start_ray; Tune runs as many trials at once as there are trial_slots
     OFFER=(--num-cpus="$((SLOTS * W * Cw))" --num-gpus="$GPUS" --resources="{\"trial_slot\": $SLOTS}")
