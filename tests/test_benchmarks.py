@@ -6,7 +6,7 @@ import statistics
 import sys
 
 import pytest
-from conftest import REPO, call, left_by, load_module, reports_of, table_of
+from conftest import REPO, best_of, call, events_of, left_by, load_module, reports_of, table_of
 
 sys.path.insert(0, str(REPO / "tests/benchmarks"))
 import asha_savings
@@ -56,6 +56,21 @@ def test_more_than_a_hundred_trials_have_a_line_and_a_row_each_and_leave_no_proc
     assert late["processes"] <= early["processes"] + 2  # a process that Ray keeps idle may come and go
     assert not list(run.folder.glob("tune/.*.new"))
     assert left_by(run.job) == []
+
+
+def test_a_time_budget_ends_a_run_in_order_with_its_best_and_its_tables(demo, tmp_path, monkeypatch):
+    """No trial starts after it; those that run report once more, and do not count as stopped by ASHA."""
+    monkeypatch.setenv("TIME_BUDGET", "12")
+    run = scale.ARun(tmp_path, 90, epochs=10_000, demo=demo)
+    assert run.process.wait(300) == 0, run.log()
+    log, reports = run.log(), reports_of(run.folder)
+    before, after = log.split("the time budget is used up: no further trial starts (TIME_BUDGET)\n")
+    assert "  started  " not in after and 0 < before.count("  started  ") == len(table_of(log)) < 90
+    assert re.findall(r"cut off    by TIME_BUDGET after epoch \d+\n", after) and "cut off" not in before
+    lowest = min(report["eval_loss"] for reported in reports.values() for report in reported)
+    assert best_of(log)["eval_loss"] == lowest == events_of(run.folder, "best")[0]["eval_loss"]
+    states = [trial["Status"] for trial in csv.DictReader((run.folder / "trials.csv").open())]
+    assert states.count("cut off") == after.count("cut off") and len(states) == before.count("  started  ")
 
 
 def test_a_step_launches_few_kernels_and_the_losses_stay_the_same():

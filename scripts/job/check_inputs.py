@@ -45,10 +45,10 @@ LIMITS = {  # name: (lowest, highest); the first four need not be whole numbers
     "TRAIN_SAMPLES": (1, 1_000_000), "EVAL_SAMPLES": (1, 1_000_000), "TEST_SAMPLES": (1, 1_000_000),  # of ask.py
     "WORKERS_PER_TRIAL": (1, 1024), "CPUS_PER_WORKER": (1, 1024),
     "MEMORY_PER_WORKER": (0.0, 10_000.0), "WORKER_DEADLINE": (1, 1_000_000), "CHAT_TEMPLATE": (0, 1),
-    "SEED": (0, 2**31 - 1),
+    "TIME_BUDGET": (0, 10_000_000), "SEED": (0, 2**31 - 1),
 }  # fmt: skip
 # Of a resumed run; its results stay.
-MAY_CHANGE = ("WORKER_NODES", "CPUS_PER_WORKER", "MEMORY_PER_WORKER", "WORKER_DEADLINE")
+MAY_CHANGE = ("WORKER_NODES", "CPUS_PER_WORKER", "MEMORY_PER_WORKER", "WORKER_DEADLINE", "TIME_BUDGET")
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
          "HF_HUB_VERBOSITY": "error", "DATASETS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}  # fmt: skip
 TRY_SECONDS = 300  # for a small model to train with all that differs in twenty draws

@@ -47,6 +47,7 @@ VARIABLES = {  # name: (default, kind; in brackets: several, separated by spaces
     "GPUS_PER_WORKER": ("1", float, "GPUs of each (Gw), 0.5: two share one; on nodes without GPUs 0, unless set"),
     "PRECISION": ("auto", str, "bf16, fp16, fp32; auto: bf16 if the GPU computes it, else fp16; CPUs fp32"),
     "MEMORY_PER_WORKER": ("auto", str, "GiB of memory of each (Mw); auto: estimated from the model's size"),
+    "TIME_BUDGET": ("0", int, "seconds after which no trial starts, and the others end at their next report; 0: none"),
     "WORKER_DEADLINE": ("7200", int, "seconds to wait for a worker node before giving up"),
     "SEED": ("42", int, "seed of the draws, of shuffling and of training"),
 }
@@ -54,8 +55,7 @@ VARIABLES = {  # name: (default, kind; in brackets: several, separated by spaces
 def read_settings(environ):
     """The variables as attributes. Raises ValueError for a text that is not a number."""
     read = lambda text, kind: [kind[0](x) for x in text.split()] if isinstance(kind, list) else kind(text)
-    return argparse.Namespace(**{name: read(environ.get(name, default), kind)
-                                 for name, (default, kind, _) in VARIABLES.items()})
+    return argparse.Namespace(**{n: read(environ.get(n, d), kind) for n, (d, kind, _) in VARIABLES.items()})
 
 # ---- SEARCH SPACE AND SCHEDULER: edit here -----------------------------------------------------------------
 def search_space(s):
@@ -96,8 +96,7 @@ def load_squad(s):
     train_rows, eval_rows = read_splits(s.SQUAD_DATA)
     return encoded(train_rows, s.TRAIN_SAMPLES), encoded(eval_rows, s.EVAL_SAMPLES)
 
-def draw(rows, count, seed):
-    return [rows[i] for i in random.Random(seed).sample(range(len(rows)), count)]
+draw = lambda rows, count, seed: [rows[i] for i in random.Random(seed).sample(range(len(rows)), count)]
 
 def answers(row):  # all that are right; a text alone is one
     return [texts] if isinstance(texts := row["answers"]["text"], str) else texts
@@ -250,6 +249,7 @@ def search(s, run_dir):
     trial = tune.with_resources(trial, {"trial_slot": 1})  # Ray Train itself asks for its CPUs and GPUs
     tune_config = tune.TuneConfig(
         num_samples=s.NUM_SAMPLES, scheduler=scheduler(s), search_alg=search_algorithm(s),
+        time_budget_s=s.TIME_BUDGET or None,
         trial_name_creator=lambda trial: f"TorchTrainer_{trial.trial_id}", trial_dirname_creator=str)
     run_config = tune.RunConfig(
         name="tune", storage_path=str(run_dir), verbose=1, callbacks=[],
@@ -279,9 +279,9 @@ def join_cluster(s):
 
 def best_report(results, s):
     """The lowest eval_loss of all reports of trials without error. Ends the program if there is none."""
-    reports = [report for result in results if not result.error
+    reports = [report for result in results if not result.error and "eval_loss" in result.metrics_dataframe
                for report in result.metrics_dataframe.dropna(subset="eval_loss").to_dict("records")]
-    if not reports or len(results) < s.NUM_SAMPLES:
+    if not reports or len(results) < s.NUM_SAMPLES and not s.TIME_BUDGET:
         sys.exit(f"ERROR: {len(results)} of {s.NUM_SAMPLES} trials ran, {results.num_errors} failed, "
                  f"{len(reports)} finite losses were reported")
     best = min(reports, key=lambda report: report["eval_loss"])

@@ -1,5 +1,6 @@
 """The run's record, RESUME and lost nodes. Without this file a run cannot be continued, its trials are not in
-events.jsonl, from which pictures and comparisons are made, and a lost node costs its trials.
+events.jsonl, from which pictures and comparisons are made, a lost node costs its trials, and TIME_BUDGET ends trials
+within an epoch.
 
 events.jsonl, in the run folder, has a line for each thing that happens: a JSON object with "time" (UTC) and "event".
 The head script writes those of the job, this file those of the trials:
@@ -47,6 +48,8 @@ def attach(s, run_dir, tune_config, run_config):
     if type(tune_config.scheduler) in (AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule):
         tune_config.scheduler = remembering
     run_config.callbacks.append(Recorder(run_dir, remembering))
+    if tune_config.time_budget_s:
+        end_in_order(tune_config, run_config)
     if ray.__version__ in TESTED:
         Trial.should_recover = lost_with_its_node
         run_config.failure_config = tune.FailureConfig(max_failures=RESTARTS * s.WORKER_NODES)
@@ -78,6 +81,27 @@ def lost_with_its_node(trial):
     error = cloudpickle.loads(Path(file).read_bytes()) if file else None
     lost = isinstance(error, RayActorError) and not error.actor_init_failed
     return lost and trial.run_metadata.num_failures <= trial.max_failures
+
+
+def end_in_order(tune_config, run_config):
+    """Tune's own time budget ends trials at once. Here none starts after it, and those that run report once more."""
+    end, scheduler, rule = time.time() + tune_config.time_budget_s, tune_config.scheduler, run_config.stop
+    tune_config.time_budget_s, choose = None, scheduler.choose_trial_to_run
+
+    def choose_in_time(controller):
+        if time.time() < end:
+            return choose(controller)
+        if not controller.search_alg.is_finished():
+            say("the time budget is used up: no further trial starts (TIME_BUDGET)")
+            controller.search_alg.set_finished()
+        for trial in list(controller.get_live_trials()):
+            if trial.status in (Trial.PENDING, Trial.PAUSED):
+                controller.stop_trial(trial)
+        return None
+
+    scheduler.choose_trial_to_run = choose_in_time
+    run_config.stop = lambda trial, report: rule(trial, report) or time.time() >= end
+    run_config.callbacks[-1].end = end
 
 
 def cause_of(trial):
@@ -129,7 +153,7 @@ class Recorder(tune.Callback):
     """Writes the events of the trials, until another head has taken the run over."""
 
     def __init__(self, run_dir, remembering):
-        self.run_dir, self.remembering = run_dir, remembering
+        self.run_dir, self.remembering, self.end = run_dir, remembering, math.inf
 
     def on_step_begin(self, iteration, trials, **info):
         """Before Ray saves anything."""
@@ -143,8 +167,10 @@ class Recorder(tune.Callback):
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
         loss, epoch = result["eval_loss"], result["epoch"]
-        # Without a decision of the scheduler: all epochs are trained, or the loss is not finite.
-        decision = self.remembering.decisions.get((trial.trial_id, epoch), "STOP" if result.get("done") else "CONTINUE")
+        # Without a decision of the scheduler: all epochs are trained, the loss is not finite, or the time is over.
+        cut_off = time.time() >= self.end and math.isfinite(loss) and epoch < self.remembering.epochs
+        decision = ("TIME" if cut_off else "STOP") if result.get("done") else "CONTINUE"
+        decision = self.remembering.decisions.get((trial.trial_id, epoch), decision)
         record(self.run_dir, "report", trial=str(trial), trial_id=trial.trial_id, epoch=epoch,
                eval_loss=loss if math.isfinite(loss) else None, seconds=result["time_total_s"],
                training_iteration=result["training_iteration"], decision=decision,
@@ -154,7 +180,8 @@ class Recorder(tune.Callback):
         record(self.run_dir, "trial_lost", trial=str(trial))
 
     def on_trial_complete(self, iteration, trials, trial, **info):
-        record(self.run_dir, "trial_ended", trial=str(trial), error=None)
+        if trial.status != Trial.PENDING:  # else it never started: the time budget was used up
+            record(self.run_dir, "trial_ended", trial=str(trial), error=None)
 
     def on_trial_error(self, iteration, trials, trial, **info):
         record(self.run_dir, "trial_ended", trial=str(trial), error=cause_of(trial))

@@ -9,6 +9,7 @@ import logging
 import math
 import re
 import sys
+import time
 
 from ray import tune
 from raytune_asha_hpo import neighbour, say
@@ -58,7 +59,7 @@ class TrialLines(tune.Callback):
 
     def __init__(self, s, run_dir, scheduler):
         self.s, self.run_dir, self.scheduler, self.best = s, run_dir, scheduler, math.inf
-        self.stopped, self.ended = set(), set()
+        self.stopped, self.ended, self.end = set(), set(), time.time() + (s.TIME_BUDGET or math.inf)
         self.many = s.NUM_SAMPLES > MANY_TRIALS
 
     def drawn(self, trial):
@@ -79,11 +80,15 @@ class TrialLines(tune.Callback):
 
     def on_trial_complete(self, iteration, trials, trial, **info):
         last = trial.last_result
+        if trial.status == "PENDING":  # it never started: the time budget was used up
+            return
         loss, epoch = last.get("eval_loss", math.nan), last.get("epoch", 0)
         if not math.isfinite(loss):
             end = f"ended      diverged at epoch {epoch:g}"
         elif epoch >= self.s.NUM_EPOCHS:
             end = "finished   all epochs"
+        elif time.time() >= self.end:
+            end = f"cut off    by TIME_BUDGET after epoch {epoch:g}"
         elif trial.trial_id not in self.stopped:  # it has ended by itself
             end = f"finished   its epochs, {epoch:g} as drawn"
         else:
@@ -119,6 +124,7 @@ class FinalTable(tune.CLIReporter):
 
     def report(self, trials, done, *system_info):
         printed = io.StringIO()
+        trials = [trial for trial in trials if trial.status != "TERMINATED" or "epoch" in trial.last_result]
         with contextlib.redirect_stdout(printed):
             super().report(sorted(trials, key=str), done, *system_info)
         text = printed.getvalue().split("Number of errored trials")[0]  # those have lines of their own
