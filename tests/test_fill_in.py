@@ -1,4 +1,4 @@
-"""The two files with gaps: unfilled they say so, the answers' lines pass, wrong lines are found."""
+"""The files to fill in: unfilled they say so, the answers' lines pass, wrong lines are found."""
 
 import re
 import subprocess
@@ -17,12 +17,15 @@ def fill_in(tmp_path):
     folder = tmp_path / "experiments/raytune/scheduler/asha/fill_in"
     folder.mkdir(parents=True)
     (tmp_path / "scripts").symlink_to(REPO / "scripts")
-    (folder.parent / "pictures").symlink_to(EXERCISE / "pictures")
+    for name in ("pictures", "head_node_raytune_asha_hpo.slurm"):
+        (folder.parent / name).symlink_to(EXERCISE / name)
 
     def run(name, *lines, log=None):
         text = (EXERCISE / "fill_in" / name).read_text()
         for line in lines:
             text = re.sub(r"\S.* = \.\.\..*|return \.\.\..*", lambda _, line=line: line, text, count=1)
+        if name == "stages.py" and lines:
+            text = re.sub(r"STAGES = \[.*?\]", f"STAGES = {lines}", text, flags=re.DOTALL)
         (folder / name).write_text(text)
         command = [sys.executable, "-S", folder / name, *([log] if log else [])]  # no package is needed
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -58,6 +61,14 @@ def test_a_wrong_rule_is_found(fill_in, gap, line, said):
     lines[gap] = line
     status, text = fill_in("asha_rule.py", *lines)
     assert status == 1 and said in text and "23 of 23" not in text
+
+
+def test_the_stages_of_section_9_are_the_head_scripts_and_others_are_not(fill_in):
+    listed = (EXERCISE / "README.md").read_text().partition("**The head job**")[2].partition("**A worker job**")[0]
+    status, text = fill_in("stages.py", *re.findall(r"`([a-z]+(?:_[a-z]+)+)`", listed))
+    assert status == 0 and text.count(": right\n") == 8
+    status, text = fill_in("stages.py")
+    assert (status, text) == (1, "1. watch_search: not yet; something else happens before it\n")
 
 
 def test_the_formula_of_the_answers_and_a_wrong_one(fill_in):
