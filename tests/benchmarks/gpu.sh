@@ -51,4 +51,4 @@ echo
 echo "MiB, and how many looks in a row found it: $(uniq -c "$WORK/memory" | awk '{ printf "%s%s (%s)", sep, $2, $1; sep = ", " }')"
 
 echo
-WORKERS_PER_TRIAL=$W python "$REPO/tests/benchmarks/quickstart.py"
+python "$REPO/tests/benchmarks/quickstart.py"
