@@ -72,7 +72,7 @@ def replay(scheduler, curves, slots, startup=0.0):
         trial.last_result = result
         if decision == "STOP" or epoch == len(trial.losses):
             scheduler.on_trial_complete(controller, trial, result)
-            trial.status = "TERMINATED"
+            trial.status, trial.ended = "TERMINATED", now
         elif decision == "PAUSE":
             trial.status = "PAUSED"
         else:

@@ -16,6 +16,7 @@ By hand: as in raytune_asha_hpo.py, after  export PYTHONPATH=$PWD/../raytune_ash
 """
 
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,6 +37,10 @@ def scheduler(s):
     return PromotingASHA(grace_period=1, max_t=s.NUM_EPOCHS, reduction_factor=2)
 
 
+def with_status(status, controller):
+    return [trial for trial in controller.get_trials() if trial.status == status]
+
+
 class PromotingASHA(FIFOScheduler):
     def __init__(self, grace_period, max_t, reduction_factor):
         super().__init__()
@@ -49,26 +54,33 @@ class PromotingASHA(FIFOScheduler):
         if epoch not in self.rungs:
             return self.CONTINUE
         self.rungs[epoch][trial.trial_id] = result["eval_loss"]
+        if self.promoted([trial, *with_status("PAUSED", controller)], math.floor) is trial:
+            return self.CONTINUE  # the slot that it would free is its own
         self.decisions[trial.trial_id, epoch] = self.PAUSE
         return self.PAUSE
 
+    def promoted(self, waiting, rounded):
+        """Of the trials that wait: the best 1/factor of a rung, the highest rung first; of them the best."""
+        passed = set()
+        for losses in self.rungs.values():
+            best = sorted(losses, key=losses.get)[: rounded(len(losses) / self.factor)]
+            here = [each for each in waiting if each.trial_id in best and each.trial_id not in passed]
+            if here:
+                return min(here, key=lambda each: losses[each.trial_id])
+            passed.update(losses)
+
     def choose_trial_to_run(self, controller):
-        """As published, 1/factor is rounded down: more trials will come. If none will, it is rounded up, or in a
+        """As published, 1/factor is rounded down: more trials will come. Once none will, it is rounded up, or in a
         small search no trial would reach the last epoch."""
-        of = {status: [each for each in controller.get_trials() if each.status == status]
-              for status in ("RUNNING", "PENDING", "PAUSED")}  # fmt: skip
-        last = not of["RUNNING"] and not of["PENDING"]
-        for epoch, losses in self.rungs.items():
-            number = (math.ceil if last else math.floor)(len(losses) / self.factor)
-            best = sorted(losses, key=losses.get)[:number]
-            waiting = [each for each in of["PAUSED"] if each.last_result["epoch"] == epoch and each.trial_id in best]
-            if waiting:
-                return min(waiting, key=lambda each: losses[each.trial_id])
-        if last:
-            for each in of["PAUSED"]:
-                controller.stop_trial(each)
-        # A new one, in the order drawn; before it one that has been interrupted.
-        return max(of["PENDING"], key=lambda each: each.last_result.get("epoch", 0), default=None)
+        paused, pending = with_status("PAUSED", controller), with_status("PENDING", controller)
+        if pending or with_status("RUNNING", controller):
+            # A new trial, in the order drawn; before it one that was interrupted.
+            new = max(pending, key=lambda each: each.last_result.get("epoch", 0), default=None)
+            return self.promoted(paused, math.floor) or new
+        if last := self.promoted(paused, math.ceil):
+            return last
+        for each in paused:  # the search is over
+            controller.stop_trial(each)
 
     def on_trial_add(self, controller, trial):
         """If a run is continued, Ray has forgotten the rungs, and would start each trial that was paused."""
@@ -88,6 +100,10 @@ class Recorder(run_state.Recorder):
     def __init__(self, run_dir, remembering):
         super().__init__(run_dir, remembering.scheduler)
         remembering.scheduler.run_dir = run_dir
+
+    def on_trial_save(self, iteration, trials, trial, **info):
+        """Ray copies results to the run folder twice a second, and a trial that goes on starts with that copy."""
+        shutil.copy(Path(trial.local_path, "result.json"), trial.storage.trial_fs_path)
 
 
 class TrialLines(trial_log.TrialLines):
