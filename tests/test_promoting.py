@@ -16,9 +16,9 @@ epochs_of = lambda found: [trial.last_result["epoch"] for trial in found["trials
 
 
 @pytest.mark.parametrize("seconds, whole", [([1] * 9, 9), ([1, 2, 1, 4, 1, 1, 1, 1, 1], 13)])
-def test_nine_configurations_on_nine_machines_as_in_section_3_1_of_the_paper(seconds, whole):
-    """r = 1, R = 9, factor 3: nine train to 1, three to 3, one to 9, and it is there after time(R), as with synchronous
-    halving. Without checkpoints each rung trains from the beginning: 1 + 3 + 9 instead of 9."""
+def test_nine_configurations_on_nine_machines_are_as_fast_as_with_synchronous_halving(seconds, whole):
+    """The example of Li et al. (2020), bracket 0: r = 1, R = 9, factor 3. Nine train to 1, three to 3, one to 9. It is
+    there after time(R); if each rung trains from the beginning, 1 + 3 + 9, after their 13/9 of it."""
     curves = [([number] * 9, seconds) for number in range(9)]
     found = replay(promoting.PromotingASHA(1, 9, 3), curves, slots=9)
     assert epochs_of(found) == [9, 3, 3, 1, 1, 1, 1, 1, 1] and found["seconds"] == 9 * whole
@@ -26,7 +26,8 @@ def test_nine_configurations_on_nine_machines_as_in_section_3_1_of_the_paper(sec
 
 
 def test_one_that_waits_goes_on_when_later_ones_are_worse_and_rungs_wait_for_no_straggler():
-    one_by_one = lambda *losses: epochs_of(replay(promoting.PromotingASHA(1, 5, 2), [([x] * 5, [1] * 5) for x in losses], 1))
+    curves = lambda losses: [([loss] * 5, [1] * 5) for loss in losses]
+    one_by_one = lambda *losses: epochs_of(replay(promoting.PromotingASHA(1, 5, 2), curves(losses), slots=1))
     assert one_by_one(2, 1)[0] == 1 and one_by_one(2, 1, 3, 4)[0] > 1
     assert one_by_one(1) == [5]
     curves = [([number] * 9, [1 if number < 26 else 99] * 9) for number in range(27)]

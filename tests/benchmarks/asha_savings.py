@@ -4,7 +4,7 @@
     .venv/bin/python tests/benchmarks/asha_savings.py --seeds 1000
     .venv/bin/python tests/benchmarks/asha_savings.py RUN_FOLDER          # with the curves of your own model and data
     .venv/bin/python tests/benchmarks/asha_savings.py --curves FILE.csv   # of anyone's, such as NAS-Bench-201
-    .venv/bin/python tests/benchmarks/asha_savings.py --stragglers        # ASHA against synchronous halving
+    .venv/bin/python tests/benchmarks/asha_savings.py --stragglers --seeds 20     # ASHA against synchronous halving
 
 Learning curves of real fine-tuning runs were recorded once (asha_savings_demo.json beside this program) and are
 replayed here. The slots are simulated, but every decision is made by the scheduler of raytune_asha_hpo.py, called as

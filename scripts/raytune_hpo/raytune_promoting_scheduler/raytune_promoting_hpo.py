@@ -2,11 +2,11 @@
 """ASHA as it was published: a trial pauses at each rung, and a free slot promotes the best of those that wait.
 
 Read raytune_asha_hpo.py first, then raytune_pbt_hpo.py, whose checkpoints this search uses. Ray's own ASHAScheduler
-decides as soon as a trial reaches a rung, and what it stops never comes back. Here nothing is decided then. A slot
-that becomes free looks for a trial among the best 1/reduction_factor of its rung, the highest rung first, and only
-if there is none starts a new trial (Li et al., A System for Massively Parallel Hyperparameter Tuning, MLSys 2020).
+decides as soon as a trial reaches a rung, and what it stops never comes back. Here it pauses. A slot that becomes
+free takes the best of those that wait, among the best 1/reduction_factor of a rung, the highest rung first; only if
+there is none, it starts a new trial (Li et al., A System for Massively Parallel Hyperparameter Tuning, MLSys 2020).
 
-What waits keeps its last checkpoint until the search ends: 8 GB for each trial of BLOOM-560M.
+All that wait keep their last checkpoint until the search ends: 8 GB each for BLOOM-560M.
 
     cd experiments/raytune/scheduler/asha
     export SEARCH_SCRIPT=../../../../scripts/raytune_hpo/raytune_promoting_scheduler/raytune_promoting_hpo.py
