@@ -36,10 +36,11 @@ def test_asha_that_promotes_trains_less_than_one_that_stops_and_loses_the_best_n
 
 
 @pytest.mark.parametrize("text, said", [
-    ("\n".join(f"{k},{k / 2},{k / 4}" for k in range(1, 13)), ""), ("3,2,one\n" * 12, "could not convert"),
-    ("3,2,1\n" * 11, "needs 12 lines or more"), ("3,2\n" * 11 + "3\n", "the same number"), (None, "No such file")])
+    ("nan,nan,nan\n" + "\n".join(f"{k},{k / 2},{k / 4}" for k in range(1, 12)), ""),
+    ("3,2,one\n" * 12, "could not convert"), ("3,2,1\n" * 11, "needs 12 lines or more"),
+    ("3,2\n" * 11 + "3\n", "the same number"), (None, "No such file")])
 def test_curves_of_anyone_are_replayed_and_a_bad_file_is_named(tmp_path, text, said):
-    file = tmp_path / "public.csv"
+    file = tmp_path / "public.txt"
     if text:
         file.write_text(text)
     done = call(asha_savings, "--curves", file, "--seeds", 2)

@@ -48,7 +48,7 @@ class Curves:
     """
 
     def __init__(self, hpo, path, epoch_seconds=None):
-        read = self.of_run if path.is_dir() else self.of_csv if path.suffix == ".csv" else self.of_file
+        read = self.of_run if path.is_dir() else self.of_file if path.suffix == ".json" else self.of_csv
         about, rows = read(path)
         text = lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value)
         self.settings = hpo.read_settings({name: text(about[name]) for name in hpo.VARIABLES if name in about})
@@ -90,7 +90,7 @@ def compare_with_full(search, curves, seed, slots):
 
     twelve = random.Random(seed).sample(curves.recorded, TWELVE)
     full, ours = (replay(each, twelve, slots, STARTUP) for each in (FIFOScheduler(), search.scheduler(curves.settings)))
-    best = min(range(TWELVE), key=lambda number: np.nanmin(twelve[number][0]))
+    best = min(range(TWELVE), key=lambda number: np.nan_to_num(twelve[number][0], nan=math.inf).min())
     return {
         "epochs": ours["epochs"], "epochs_full": full["epochs"],
         "time": ours["seconds"] / full["seconds"],
