@@ -26,6 +26,28 @@ def test_asha_trains_less_than_the_full_grid_and_mostly_finds_its_best(hpo, slot
     assert sum(run["best_found"] for run in runs) >= 24
 
 
+def test_asha_that_promotes_trains_less_than_one_that_stops_and_loses_the_best_no_more_often(hpo):
+    curves, found = asha_savings.Curves(hpo, asha_savings.DEMO, epoch_seconds=60), {}
+    for search in (hpo, load_module(asha_savings.PROMOTING)):
+        runs = [asha_savings.compare_with_full(search, curves, seed, slots=4) for seed in range(100)]
+        found[search] = [statistics.mean(run[key] for run in runs) for key in ("epochs", "best_to_the_end")]
+    stops, promotes = found.values()
+    assert promotes[0] < 0.95 * stops[0] and promotes[1] >= max(stops[1], 0.95)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("nan,nan,nan\n" + "\n".join(f"{k},{k / 2},{k / 4}" for k in range(1, 12)), ""),
+    ("3,2,one\n" * 12, "could not convert"), ("3,2,1\n" * 11, "needs 12 lines or more"),
+    ("3,2\n" * 11 + "3\n", "the same number"), (None, "No such file")])
+def test_curves_of_anyone_are_replayed_and_a_bad_file_is_named(tmp_path, text, said):
+    file = tmp_path / "public.txt"
+    if text:
+        file.write_text(text)
+    done = call(asha_savings, "--curves", file, "--seeds", 2)
+    assert (done.returncode, "Traceback" in done.stderr) == (2 if said else 0, False)
+    assert said in done.stderr if said else "| 1 | promotes |" in done.stdout and "| epochs of 36 |" in done.stdout
+
+
 TRIALS = 110  # with more than 100 the log has one line a trial
 
 

@@ -45,19 +45,22 @@ class Trial:
 def replay(scheduler, curves, slots, startup=0.0):
     """One search, whose trials have these curves, on `slots` slots: {"epochs", "seconds", "best", "trials": [Trial]}.
 
-    curves: [(losses, seconds)]; startup: seconds before a trial's first epoch. seconds: slots x wall time.
+    curves: [(losses, seconds)]; startup: seconds before a trial's first epoch, and after a pause.
+    seconds: slots x wall time.
     """
     trials = [Trial(number, *curve) for number, curve in enumerate(curves)]
     live = lambda: [trial for trial in trials if trial.status != "TERMINATED"]
     # the part of Ray's TuneController that schedulers use
-    controller = SimpleNamespace(get_trials=lambda: trials, get_live_trials=live)
+    controller = SimpleNamespace(get_trials=lambda: trials, get_live_trials=live,
+                                 stop_trial=lambda trial: setattr(trial, "status", "TERMINATED"))  # fmt: skip
     for trial in trials:
         scheduler.on_trial_add(controller, trial)
     running, now, epochs, best, tie = [], 0.0, 0, math.inf, itertools.count()
     while True:
         while len(running) < slots and (trial := scheduler.choose_trial_to_run(controller)):
             trial.status = "RUNNING"
-            heapq.heappush(running, (now + startup + trial.seconds[0], next(tie), trial))
+            ends = now + startup + trial.seconds[trial.last_result["epoch"]]  # one that was paused goes on
+            heapq.heappush(running, (ends, next(tie), trial))
         if not running:
             return {"epochs": epochs, "seconds": slots * now, "best": best, "trials": trials}
         now, _, trial = heapq.heappop(running)
@@ -70,7 +73,9 @@ def replay(scheduler, curves, slots, startup=0.0):
         trial.last_result = result
         if decision == "STOP" or epoch == len(trial.losses):
             scheduler.on_trial_complete(controller, trial, result)
-            trial.status = "TERMINATED"
+            trial.status, trial.ended = "TERMINATED", now
+        elif decision == "PAUSE":
+            trial.status = "PAUSED"
         else:
             heapq.heappush(running, (now + trial.seconds[epoch], next(tie), trial))
 

@@ -244,7 +244,7 @@ def settle(run):
         if not trial.ended:
             trial.status = "cut off" if run.finished else "running" if trial.on_slot else "pending"
         elif not trial.cause:
-            stopped = trial.epochs < run.max_t and trial.decision == "STOP"
+            stopped = trial.epochs < run.max_t and trial.decision in ("STOP", "PAUSE")  # PAUSE: never promoted
             trial.status = "stopped by ASHA" if stopped else "cut off" if trial.decision == "TIME" else "finished"
             if trial.last is not None and not math.isfinite(trial.last):
                 trial.status, trial.cause = "diverged", f"at epoch {trial.epochs}: the loss became NaN or infinite"

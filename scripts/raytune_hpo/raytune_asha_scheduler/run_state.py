@@ -101,7 +101,7 @@ def end_in_order(tune_config, run_config):
 
     scheduler.choose_trial_to_run = choose_in_time
     run_config.stop = lambda trial, report: rule(trial, report) or time.time() >= end
-    run_config.callbacks[-1].end = end
+    run_config.callbacks[-1].cut_off = lambda trial, report: time.time() >= end and not rule(trial, report)
 
 
 def cause_of(trial):
@@ -153,7 +153,7 @@ class Recorder(tune.Callback):
     """Writes the events of the trials, until another head has taken the run over."""
 
     def __init__(self, run_dir, remembering):
-        self.run_dir, self.remembering, self.end = run_dir, remembering, math.inf
+        self.run_dir, self.remembering, self.cut_off = run_dir, remembering, lambda trial, report: False
 
     def on_step_begin(self, iteration, trials, **info):
         """Before Ray saves anything."""
@@ -168,8 +168,8 @@ class Recorder(tune.Callback):
     def on_trial_result(self, iteration, trials, trial, result, **info):
         loss, epoch = result["eval_loss"], result["epoch"]
         # Without a decision of the scheduler: all epochs are trained, the loss is not finite, or the time is over.
-        cut_off = time.time() >= self.end and math.isfinite(loss) and epoch < self.remembering.epochs
-        decision = ("TIME" if cut_off else "STOP") if result.get("done") else "CONTINUE"
+        ended = "TIME" if self.cut_off(trial.trial_id, result) else "STOP"
+        decision = ended if result.get("done") else "CONTINUE"
         decision = self.remembering.decisions.get((trial.trial_id, epoch), decision)
         record(self.run_dir, "report", trial=str(trial), trial_id=trial.trial_id, epoch=epoch,
                eval_loss=loss if math.isfinite(loss) else None, seconds=result["time_total_s"],
