@@ -17,8 +17,8 @@ epochs_of = lambda found: [trial.last_result["epoch"] for trial in found["trials
 
 @pytest.mark.parametrize("seconds, whole, alone", [([1] * 9, 9, 21), ([1, 2, 1, 4, 1, 1, 1, 1, 1], 13, 27)])
 def test_nine_configurations_on_nine_machines_are_as_fast_as_with_synchronous_halving(seconds, whole, alone):
-    """As in section 3.1 of Li et al. (2020), bracket 0: r = 1, R = 9, factor 3. Nine train to 1, three to 3, one to 9. It
-    is there after time(R); if each rung trains from the beginning, 1 + 3 + 9, after 13/9 of it, or alone after 3."""
+    """As in section 3.1 of Li et al. (2020), bracket 0: r = 1, R = 9, factor 3: nine train to 1, three to 3, one to 9.
+    It is there after time(R); if each rung trains from the beginning, 1 + 3 + 9, after 13/9 of it, or alone after 3."""
     curves = [([number] * 9, seconds) for number in range(9)]
     found = replay(promoting.PromotingASHA(1, 9, 3), curves, slots=9)
     assert epochs_of(found) == [9, 3, 3, 1, 1, 1, 1, 1, 1] and found["seconds"] == 9 * whole
