@@ -175,7 +175,7 @@ def test_trials_get_what_a_container_allows(tmp_path, monkeypatch, cgroup, files
 
 
 def test_the_memory_of_trials_bounds_them_as_cpus_do_and_the_log_says_so():
-    node = "look_at_node() { CPUS=32 GPUS=0 Gw=0 MEMORY=16 NODE=node; }; measure_node; echo ${OFFER[*]}"
+    node = "look_at_node() { CPUS=32 GPUS=0 Gw=0 MEMORY=16 CARD=0 NODE=node; }; measure_node; echo ${OFFER[*]}"
     settings = {"WORKERS_PER_TRIAL": "2", "CPUS_PER_WORKER": "1", "PATH": f"{REPO}/.venv/bin:{os.environ['PATH']}"}
     _, (line, offer) = shell(node, MODEL_PARAMETERS="50000000", **settings)
     assert line.endswith("this node: node, 4 trial(s) at once: a trial takes 2*1.7 of 15 GiB (MEMORY_PER_WORKER)")
