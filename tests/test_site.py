@@ -371,9 +371,10 @@ def test_near_its_time_limit_a_run_says_so_and_how_to_continue(tmp_path, state, 
     end = (datetime.now() + timedelta(minutes=minutes)).isoformat(timespec="seconds")
     path = stand_in(tmp_path, scontrol=f"echo JobId=7 JobState={state} Reason=None EndTime={end}")
     (tmp_path / "events.jsonl").write_text('{"time": "x", "event": "settings"}\n')
-    tell = f"RUN_DIR={tmp_path}; say_how_it_ended 143"
+    tell = f"RUN_DIR={tmp_path}; fill_tables() {{ say tables of $1; }}; say_how_it_ended 143"
     status, lines = shell(tell, "slurm_script", PATH=path, SLURM_JOB_ID="7")
     assert status == 0 and (f"the time limit of this job, {end}, has come near" in lines[0]) == near
+    assert any(line.endswith("tables of 143") for line in lines) == near
     assert f"continue with: RESUME=runs/{tmp_path.name} sbatch {HEAD}" in lines[-1]
 
 
