@@ -201,7 +201,7 @@ on_node() {                                                  # on_node ROLE FOLD
     local said
     declare -A other=([head]=worker [worker]=head)
     trap 'end_owned; touch "$RUN_DIR/done-$ROLE"' EXIT
-    trap 'exit 143' TERM
+    on_signal 'exit 143' TERM
     said=$(grep -iE 'not found|no such|error|unable|cannot' "$RUN_DIR/$ROLE.out")
     [[ -z $said ]] || line warning "experiments/site.sh: $(last "$said")" "that line of it"   # a job goes on after it
     touch "$RUN_DIR/up-$ROLE"
@@ -293,7 +293,7 @@ main() {
         *) echo "usage: bash scripts/check_site.sh [--wait MINUTES], MINUTES from 1 to 999; not: $*" >&2; exit 2 ;;
     esac
     trap finish EXIT
-    trap 'exit 130' INT TERM HUP
+    on_signal 'exit 130' INT TERM HUP
     set +u                                                   # conda and modules break under it
     # shellcheck source=SCRIPTDIR/../experiments/site.sh
     source "$SITE"                                           # the environment that the jobs will have

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -11,7 +10,6 @@ from collections import Counter
 import compare_runs
 import pytest
 from conftest import (
-    HEAD,
     REPO,
     SCRIPT,
     at_once,
@@ -20,7 +18,6 @@ from conftest import (
     check_results,
     load_module,
     nothing_is_left,
-    quickstart,
     replace,
 )
 from read_run import as_run, events_of
@@ -99,25 +96,6 @@ def test_a_gpu_that_hangs_is_not_waited_for_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(node, "TORCH_SECONDS", 1)
     with pytest.raises(SystemExit, match="ERROR: PyTorch gives no answer on this node within 1 s"):
         node.find_gpus()
-
-
-@pytest.mark.parametrize("count, node, workers", [
-    (1, {}, "1"), (2, {}, "2"), (0, {}, "2"), (1, {"GPUS_PER_WORKER": "0"}, "2"), (1, {"WORKERS_PER_TRIAL": "2"}, "2"),
-    (1, {"name": SLICE["name"]}, "1"), (1, {"torch": "raise OSError"}, "2"),
-])  # fmt: skip
-def test_the_quickstart_trains_with_one_worker_on_the_only_gpu(course, demo, tmp_path, count, node, workers):
-    """The search itself is not started: in its place stands what it would be told."""
-    top = course.parents[3]
-    shutil.copytree(demo, top / ".demo", dirs_exist_ok=True)
-    (course / HEAD).write_text("echo workers ${WORKERS_PER_TRIAL:-2}\n")
-    tool = top / "scripts/job/this_node.py"
-    claimed = f"os.environ['PYTHONPATH'] = '{tmp_path}'\n\nDRIVERS"
-    tool.write_text(tool.read_text().replace("/dev/nvidiactl", "/dev/null").replace("\nDRIVERS", claimed))
-    stub = {"torch": TORCH, "name": "NVIDIA H100", "bf16": True} | node
-    (tmp_path / "torch.py").write_text(stub["torch"].format(count=count, name=stub["name"], bf16=stub["bf16"]))
-    variables = {name: value for name, value in node.items() if name.isupper()}
-    status, output = quickstart(course, "bash", str(top / "scripts/quickstart.sh"), **variables)
-    assert status == 0 and output.splitlines()[-1] == f"workers {workers}"
 
 
 # ---- Trials that share a GPU -------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from conftest import (
     wait_for,
 )
 
-SIX = {"NUM_SAMPLES": "6", "TRAIN_SAMPLES": "64", "WORKERS_PER_TRIAL": "1"}
+SIX = {"NUM_SAMPLES": "6", "TRAIN_SAMPLES": "64", "CPUS_PER_WORKER": str(len(os.sched_getaffinity(0)))}
 
 
 def linked_runs(course):
@@ -140,8 +140,9 @@ def quick_run(tmp_path_factory):
 
 
 def test_quickstart(quick_run):
-    """One command, no Slurm, no network: six trials on a machine that holds one at a time."""
+    """One command, no Slurm, no network: six trials, told to take all CPUs, so one at a time."""
     course, status, log = quick_run
+    assert "cluster: 1 trial(s) at once, 1 workers each, on CPUs" in log
     assert status == 0 and "| Ray head at 127.0.0.1:" in log  # nothing of it is open to the network
     job = job_of(log)
     check_log(log, job)
@@ -168,7 +169,9 @@ def test_a_continued_run_decides_as_if_it_had_not_been_interrupted(quick_run, co
     with terminal.open("w") as file:
         head = subprocess.Popen(command, env=os.environ | five, stdout=file, stderr=subprocess.STDOUT)
     wait_for(lambda: "_00003  epoch 1/5" in terminal.read_text(), 240, "the fourth trial's first epoch")
-    job = job_of(terminal.read_text())
+    job, seen = job_of(terminal.read_text()), time.time()
+    states = lambda: [path.stat().st_mtime for path in (course / "runs" / job / "tune").glob("experiment_state-*.json")]
+    wait_for(lambda: max(states()) > seen, 30, "Ray to save that the third has ended")
     for pid in pids(f" head {job}"):
         if "raytune_asha_hpo.py" in command_of(pid):
             os.kill(pid, signal.SIGKILL)

@@ -174,6 +174,13 @@ def test_trials_get_what_a_container_allows(tmp_path, monkeypatch, cgroup, files
     assert this_node.usable_memory(tmp_path) == 2
 
 
+def test_on_a_laptop_as_many_trials_run_at_once_as_there_are_cpus():
+    node = "look_at_node() { CPUS=8 GPUS=0 Gw=0 MEMORY=64 CARD=0 NODE=node; }; measure_node; echo $SLOTS"
+    settings = {"WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "1", "PATH": f"{REPO}/.venv/bin:{os.environ['PATH']}"}
+    assert shell(node, **settings)[1][-1] == "8"
+    assert shell(f"on_slurm() {{ true; }}; {node}", **settings)[1][-1] == "6"  # two are left to Ray itself
+
+
 def test_the_memory_of_trials_bounds_them_as_cpus_do_and_the_log_says_so():
     node = "look_at_node() { CPUS=32 GPUS=0 Gw=0 MEMORY=16 CARD=0 NODE=node; }; measure_node; echo ${OFFER[*]}"
     settings = {"WORKERS_PER_TRIAL": "2", "CPUS_PER_WORKER": "1", "PATH": f"{REPO}/.venv/bin:{os.environ['PATH']}"}
@@ -182,6 +189,14 @@ def test_the_memory_of_trials_bounds_them_as_cpus_do_and_the_log_says_so():
     assert offer == '--num-cpus=8 --num-gpus=0 --resources={"trial_slot": 4}'
     status, (error,) = shell(f"on_slurm() {{ true; }}; {node}", MEMORY_PER_WORKER="9", **settings)
     assert status == 1 and "no trial fits on this node" in error and "2*9 of 15 GiB" in error
+
+
+@pytest.mark.parametrize("signal, status", [("TERM", 143), ("INT", 130), ("HUP", 129)])
+def test_a_signal_that_comes_at_a_command_substitution_is_not_lost(tmp_path, signal, status):
+    """bash 5.2 reads a trap then as a part of it."""
+    ends = f'own_folder() {{ :; }}; frame_the_log; x="$(kill -{signal} $$)$(true)"; echo too late'
+    found, lines = shell(ends, RUN_DIR=str(tmp_path), JOB="7")
+    assert found == status and [line.split()[3] for line in lines] == ["START", "FINISH"]
 
 
 @pytest.mark.parametrize("limit, command, said", [

@@ -39,11 +39,15 @@ fail() {                                               # the cause and the fix, 
     exit 1
 }
 
+# on_signal COMMAND SIGNAL...: a trap. If the signal comes at a $(...), bash 5.2 reads it as a part of that, up to a
+# parenthesis; and without one it does nothing.
+on_signal() { trap "$1"$'\n)' "${@:2}"; }
+
 frame_the_log() {                                      # START now, FINISH in every ending but kill -9
     trap finish EXIT
-    trap 'exit 143' TERM
-    trap 'exit 130' INT
-    trap 'exit 129' HUP                                # the terminal was closed
+    on_signal "exit 143" TERM
+    on_signal "exit 130" INT
+    on_signal "exit 129" HUP                           # the terminal was closed
     banner START
     own_folder
 }
