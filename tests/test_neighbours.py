@@ -19,7 +19,7 @@ import pytest
 import run_state
 import trial_log
 from conftest import REPO, SCRIPT, table_of, wait_for
-from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
 NEIGHBOURS = {"fast_trials", "run_state", "trial_log", "library_fixes", "own_data"}
 FEW = {"TRAIN_SAMPLES": "16", "EVAL_SAMPLES": "8", "NUM_EPOCHS": "1", "WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "1"}
@@ -107,8 +107,10 @@ def test_with_another_ray_a_lost_node_costs_its_trials_and_the_log_says_so(tmp_p
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"trial_slot": 1})
     monkeypatch.setenv("TUNE_MAX_PENDING_TRIALS_PG", "1")
     monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "1")
+    monkeypatch.setenv("TIME_BUDGET_ENDS", "inf")
     run_config = tune.RunConfig(callbacks=[])
-    run_state.attach(SimpleNamespace(NUM_SAMPLES=1, NUM_EPOCHS=1), tmp_path, tune.TuneConfig(), run_config)
+    run_state.attach(SimpleNamespace(NUM_SAMPLES=1, NUM_EPOCHS=1), tmp_path,
+                     tune.TuneConfig(scheduler=FIFOScheduler()), run_config)  # fmt: skip
     assert said == ["Ray 9.9.9 is not 2.60.0: a trial fails if its node is lost"]
     assert Trial.should_recover is rule and run_config.failure_config.max_failures == 0
 

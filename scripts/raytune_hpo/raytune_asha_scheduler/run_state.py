@@ -48,8 +48,7 @@ def attach(s, run_dir, tune_config, run_config):
     if type(tune_config.scheduler) in (AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule):
         tune_config.scheduler = remembering
     run_config.callbacks.append(Recorder(run_dir, remembering))
-    if tune_config.time_budget_s:
-        end_in_order(tune_config, run_config)
+    end_in_order(tune_config, run_config)
     if ray.__version__ in TESTED:
         Trial.should_recover = lost_with_its_node
         run_config.failure_config = tune.FailureConfig(max_failures=RESTARTS * s.WORKER_NODES)
@@ -83,13 +82,18 @@ def lost_with_its_node(trial):
     return lost and trial.run_metadata.num_failures <= trial.max_failures
 
 
+def time_is_over():
+    return time.time() >= float(os.environ["TIME_BUDGET_ENDS"])  # a continued run gets the functions below from before
+
+
 def end_in_order(tune_config, run_config):
     """Tune's own time budget ends trials at once. Here none starts after it, and those that run report once more."""
-    end, scheduler, rule = time.time() + tune_config.time_budget_s, tune_config.scheduler, run_config.stop
-    tune_config.time_budget_s, choose = None, scheduler.choose_trial_to_run
+    os.environ["TIME_BUDGET_ENDS"] = str(time.time() + (tune_config.time_budget_s or math.inf))
+    scheduler, rule, tune_config.time_budget_s = tune_config.scheduler, run_config.stop, None
+    choose = scheduler.choose_trial_to_run
 
     def choose_in_time(controller):
-        if time.time() < end:
+        if not time_is_over():
             return choose(controller)
         if not controller.search_alg.is_finished():
             say("the time budget is used up: no further trial starts (TIME_BUDGET)")
@@ -100,8 +104,8 @@ def end_in_order(tune_config, run_config):
         return None
 
     scheduler.choose_trial_to_run = choose_in_time
-    run_config.stop = lambda trial, report: rule(trial, report) or time.time() >= end
-    run_config.callbacks[-1].cut_off = lambda trial, report: time.time() >= end and not rule(trial, report)
+    run_config.stop = lambda trial, report: rule(trial, report) or time_is_over()
+    run_config.callbacks[-1].cut_off = lambda trial, report: time_is_over() and not rule(trial, report)
 
 
 def cause_of(trial):
