@@ -75,7 +75,7 @@ def scheduler(s):
         mode="min",
         grace_period=1,  # epochs every trial may train
         max_t=s.NUM_EPOCHS,  # epochs no trial trains beyond
-        reduction_factor=2,  # keep the best 1/2 at each rung
+        reduction_factor=2,  # keep the best 1/2 so far at each rung
     )
 
 def search_algorithm(s):
