@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -59,7 +60,7 @@ class TrialLines(tune.Callback):
 
     def __init__(self, s, run_dir, scheduler):
         self.s, self.run_dir, self.scheduler, self.best = s, run_dir, scheduler, math.inf
-        self.stopped, self.ended, self.end = set(), set(), time.time() + (s.TIME_BUDGET or math.inf)
+        self.stopped, self.ended = set(), set()
         self.many = s.NUM_SAMPLES > MANY_TRIALS
 
     def drawn(self, trial):
@@ -87,7 +88,7 @@ class TrialLines(tune.Callback):
             end = f"ended      diverged at epoch {epoch:g}"
         elif epoch >= self.s.NUM_EPOCHS:
             end = "finished   all epochs"
-        elif time.time() >= self.end:
+        elif time.time() >= float(os.environ.get("TIME_BUDGET_ENDS", "inf")):  # see run_state.py
             end = f"cut off    by TIME_BUDGET after epoch {epoch:g}"
         elif trial.trial_id not in self.stopped:  # it has ended by itself
             end = f"finished   its epochs, {epoch:g} as drawn"
