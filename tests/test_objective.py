@@ -197,7 +197,7 @@ def test_the_best_result_is_the_lowest_report_of_any_epoch_of_a_trial_without_er
         num_errors = property(lambda self: sum(result.error is not None for result in self))
 
     def best(*results, trials=2):
-        return hpo.best_report(Results(results), types.SimpleNamespace(NUM_SAMPLES=trials))
+        return hpo.best_report(Results(results), types.SimpleNamespace(NUM_SAMPLES=trials, TIME_BUDGET=0))
 
     failed, diverged = trial(3, [0.1], error=RuntimeError()), trial(4, [float("nan")])
     found = best(trial(1, [5.0, 2.0, 4.0]), trial(2, [3.0, 2.5]), failed, diverged, trials=4)
