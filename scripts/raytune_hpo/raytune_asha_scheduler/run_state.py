@@ -184,7 +184,7 @@ class Recorder(tune.Callback):
         record(self.run_dir, "trial_lost", trial=str(trial))
 
     def on_trial_complete(self, iteration, trials, trial, **info):
-        if trial.status != Trial.PENDING:  # else it never started: the time budget was used up
+        if trial.status != Trial.PENDING or "epoch" in trial.last_result:  # else it never started: no time was left
             record(self.run_dir, "trial_ended", trial=str(trial), error=None)
 
     def on_trial_error(self, iteration, trials, trial, **info):

@@ -81,7 +81,7 @@ class TrialLines(tune.Callback):
 
     def on_trial_complete(self, iteration, trials, trial, **info):
         last = trial.last_result
-        if trial.status == "PENDING":  # it never started: the time budget was used up
+        if trial.status == "PENDING" and "epoch" not in last:  # it never started: the time budget was used up
             return
         loss, epoch = last.get("eval_loss", math.nan), last.get("epoch", 0)
         if not math.isfinite(loss):
