@@ -148,7 +148,7 @@ def test_eight_trials_share_two_gpus(cluster, demo):
                  "TRAIN_SAMPLES": "400", "EVAL_SAMPLES": "8", "PRECISION": "fp32"}  # fmt: skip
     variables |= {"WORKERS_PER_TRIAL": "1", "CPUS_PER_WORKER": "1", "GPUS_PER_WORKER": "0.25", "MEMORY_PER_WORKER": "1"}
     job = cluster.submit(PATH=f"{tools}:{cluster.environ['PATH']}", **variables)
-    end, log = cluster.wait_for_end(job, 300), cluster.log(job)
+    end, log = cluster.wait_for_end(job, 900), cluster.log(job)
     assert end["JobState"] == "COMPLETED", log
     check_log(log, job)
     run_dir = cluster.folder / "runs" / job

@@ -48,10 +48,10 @@ def test_ray_promotes_what_the_simulation_does_also_in_a_run_that_is_continued(p
     run_state.record(run_dir, "settings", NUM_EPOCHS=5)  # as the head script does
     with log.open("w") as output:
         first = subprocess.Popen(command, env=environ, stdout=output, stderr=subprocess.STDOUT)
-        wait_for(lambda: "00003  started" in log.read_text() or first.poll() is not None, 180, "the fourth trial")
+        wait_for(lambda: "00003  started" in log.read_text() or first.poll() is not None, 300, "the fourth trial")
         first.send_signal(signal.SIGINT)
         first.wait(60)
-        status = subprocess.run(command, env=environ, stdout=output, stderr=subprocess.STDOUT, timeout=180, check=False)
+        status = subprocess.run(command, env=environ, stdout=output, stderr=subprocess.STDOUT, timeout=300, check=False)
     assert status.returncode == 0, log.read_text()
     trained = [[report["eval_loss"] for report in reports] for _, reports in sorted(reports_of(run_dir).items())]
     curves = [(losses + [9] * (5 - len(losses)), [1] * 5) for losses in trained]  # a 9 would be one not trained

@@ -7,10 +7,8 @@ import contextlib
 import io
 import logging
 import math
-import os
 import re
 import sys
-import time
 
 from ray import tune
 from raytune_asha_hpo import neighbour, say
@@ -88,7 +86,7 @@ class TrialLines(tune.Callback):
             end = f"ended      diverged at epoch {epoch:g}"
         elif epoch >= self.s.NUM_EPOCHS:
             end = "finished   all epochs"
-        elif time.time() >= float(os.environ.get("TIME_BUDGET_ENDS", "inf")):  # see run_state.py
+        elif (run_state := neighbour("run_state")) and run_state.time_is_over():
             end = f"cut off    by TIME_BUDGET after epoch {epoch:g}"
         elif trial.trial_id not in self.stopped:  # it has ended by itself
             end = f"finished   its epochs, {epoch:g} as drawn"
