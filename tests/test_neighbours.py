@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from types import SimpleNamespace
 
 import forecast
@@ -113,6 +114,35 @@ def test_with_another_ray_a_lost_node_costs_its_trials_and_the_log_says_so(tmp_p
                      tune.TuneConfig(scheduler=FIFOScheduler()), run_config)  # fmt: skip
     assert said == ["Ray 9.9.9 is not 2.60.0: a trial fails if its node is lost"]
     assert Trial.should_recover is rule and run_config.failure_config.max_failures == 0
+
+
+def test_with_another_deepspeed_its_methods_stay_and_the_log_says_so(tmp_path, monkeypatch):
+    """library_fixes.py replaces two of them, whose versions it names."""
+    import library_fixes
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Zero
+    from ray import tune
+    from transformers.models.bloom.modeling_bloom import BloomGelu
+
+    said, methods = [], (Zero.check_overflow, Zero.get_grad_norm_direct)
+    monkeypatch.setattr(trial_log, "say", said.append)
+    monkeypatch.setattr(BloomGelu, "forward", BloomGelu.forward)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # attach() sends it elsewhere
+    monkeypatch.setattr(library_fixes, "TESTED", ("9.9.9",))
+    run_config, space = tune.RunConfig(callbacks=[]), {"train_loop_config": {}}
+    trial_log.attach(SimpleNamespace(NUM_SAMPLES=1), tmp_path, space, tune.TuneConfig(), run_config)
+    library_fixes.launch_less()
+    assert said == [f"DeepSpeed {metadata.version('deepspeed')} is not 9.9.9: on a GPU a step takes longer"]
+    assert (Zero.check_overflow, Zero.get_grad_norm_direct) == methods
+
+
+@pytest.mark.parametrize("error, told", [
+    ("RuntimeError: CUDA error: the MPS client has been terminated", " (MPS ends all trials of a GPU when one"),
+    ("RuntimeError: CUDA error: an illegal memory access was encountered", ""),
+])  # fmt: skip
+def test_what_a_trial_dies_of_when_another_has_ended_mps_is_told(tmp_path, error, told):
+    (tmp_path / "error.txt").write_text(f"Traceback\n  a line\n{error}\n")
+    cause = run_state.cause_of(SimpleNamespace(error_file=tmp_path / "error.txt"))
+    assert cause.startswith(error) and cause[len(error) :].startswith(told) and bool(told) == (len(cause) > len(error))
 
 
 def test_a_cluster_without_trial_slots_is_told_so_at_once(hpo, monkeypatch):

@@ -37,7 +37,7 @@ for package in ("ray", "torch", "transformers", "datasets", "deepspeed"):
         sys.exit(2)
 import raytune_asha_hpo as lesson
 
-LIMITS = {  # name: (lowest, highest); the first four need not be whole numbers
+LIMITS = {  # name: (lowest, highest); those with a point need not be whole numbers
     "LR_LOWER": (0.0, 10.0), "LR_UPPER": (0.0, 10.0), "WD_CHOICES": (0.0, 10.0),  # a rate of 0 trains nothing
     "GPUS_PER_WORKER": (0.0, 1.0),
     "BS_CHOICES": (1, 1024),  # a batch of 1024 samples has 512 k tokens: more than any GPU holds

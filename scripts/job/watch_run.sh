@@ -317,7 +317,7 @@ say_how_it_ended() {                                   # say_how_it_ended STATUS
         if [[ $record == *Reason=TimeLimit* || $record == *JobState=RUNNING* ]] &&
             (($(date -d "$end" +%s) - $(date +%s) < 900)); then
             say "the time limit of this job, $end, has come near (#SBATCH --time; sbatch --time=... sets another)"
-            fill_tables "$1"                           # of what it has trained so far
+            fill_tables "$1" 45                        # of what it has trained so far; then there is time for FINISH
         fi
     fi
     say "ended with exit status $1"

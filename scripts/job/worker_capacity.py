@@ -69,7 +69,8 @@ def does_not_fit(Gw, Mcard, parameters):
 
 
 def gpus(text):
-    if 1 < (Gw := Fraction(text)) != int(Gw):
+    """A whole number of GPUs, or a share such as 0.25."""
+    if "/" in text or 1 < (Gw := Fraction(text)) != int(Gw):
         raise ValueError
     return Gw
 

@@ -32,7 +32,7 @@ for trials in 1 2 4 8; do
     [[ $fits == "$trials" ]] || { echo "$trials: $fits"; break; }
     for ((i = 1; i <= trials; i++)); do
         RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=$(free_port) CUDA_VISIBLE_DEVICES=0 \
-            python "$REPO/tests/benchmarks/gpu.py" "$WORK" "$i" "$trials" >"$WORK/share-$trials-$i" 2>"$WORK/errors-$i" &
+            timeout 400 python "$REPO/tests/benchmarks/gpu.py" "$WORK" "$i" "$trials" >"$WORK/share-$trials-$i" 2>"$WORK/errors-$i" &
     done
     wait
     awk -v n="$trials" '{ sum += $1; print n ": " $0 } END { print n ": together " sum " samples/s" }' \

@@ -120,7 +120,7 @@ def run(workers, cases, folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}", __file__]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     command += [folder, json.dumps(cases)]
-    done = subprocess.run(command, env=environ, text=True, check=False, capture_output=True)
+    done = subprocess.run(command, env=environ, text=True, check=False, capture_output=True, timeout=1800)
     if done.returncode:
         raise SystemExit(f"ERROR: exit status {done.returncode}\n{done.stderr[-3000:]}")
     return json.loads((folder / "found-0").read_text())

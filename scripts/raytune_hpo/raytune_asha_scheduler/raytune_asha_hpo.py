@@ -44,10 +44,10 @@ VARIABLES = {  # name: (default, kind; in brackets: several, separated by spaces
     "CHAT_TEMPLATE": ("0", int, "1: prompts in the chat template of the model's tokenizer"),
     "WORKERS_PER_TRIAL": ("2", int, "training processes of a trial (W)"),
     "CPUS_PER_WORKER": ("2", int, "CPUs of each (Cw)"),
-    "GPUS_PER_WORKER": ("1", float, "GPUs of each (Gw), 0.5: two share one; on nodes without GPUs 0, unless set"),
+    "GPUS_PER_WORKER": ("1", float, "GPUs of each (Gw), 0.5: two share one; without GPUs 0, unless set"),
     "PRECISION": ("auto", str, "bf16, fp16, fp32; auto: bf16 if the GPU computes it, else fp16; CPUs fp32"),
     "MEMORY_PER_WORKER": ("auto", str, "GiB of memory of each (Mw); auto: estimated from the model's size"),
-    "TIME_BUDGET": ("0", int, "seconds after which no trial starts, and the others end at their next report; 0: none"),
+    "TIME_BUDGET": ("0", int, "seconds, then no trial starts and each ends at its next report; 0: none"),
     "WORKER_DEADLINE": ("7200", int, "seconds to wait for a worker node before giving up"),
     "SEED": ("42", int, "seed of the draws, of shuffling and of training"),
 }
